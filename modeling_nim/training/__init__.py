@@ -1,0 +1,1 @@
+"""Training: recipes, optimiser groups, schedule, checkpoints and the progress line."""

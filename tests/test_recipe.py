@@ -1,0 +1,87 @@
+"""Recipes are strict: what is written is what is run, or the run does not start."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pytest
+
+from modeling_nim.training.recipe import load_recipe, recipe_to_dict
+
+
+@dataclass
+class Part:
+    name: str
+    sigma: float | str = 30.0
+
+
+@dataclass
+class Section:
+    learning_rate: float = 1e-3
+    steps: int = 10
+    mode: Literal["a", "b"] = "a"
+    compile: bool = False
+
+
+@dataclass
+class Recipe:
+    seed: int
+    section: Section = field(default_factory=Section)
+    parts: list[Part] = field(default_factory=list)
+    path: str | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+
+
+def load(tmp_path, text, *overrides):
+    (tmp_path / "recipe.yaml").write_text(text)
+    return load_recipe(tmp_path / "recipe.yaml", Recipe, overrides)
+
+
+def test_values_defaults_and_overrides(tmp_path):
+    recipe = load(
+        tmp_path,
+        'seed: 1\nsection: {learning_rate: 1e-4}\nparts: [{name: x}, {name: y, sigma: "uniform(0, 30)"}]\nmodel: {depth: 2}\n',
+        "section.steps=20",
+        "parts.0.sigma=75",
+        "path=out",
+    )
+    assert recipe_to_dict(recipe) == {
+        "seed": 1,
+        "section": {"learning_rate": 1e-4, "steps": 20, "mode": "a", "compile": False},
+        "parts": [{"name": "x", "sigma": 75.0}, {"name": "y", "sigma": "uniform(0, 30)"}],
+        "path": "out",
+        "model": {"depth": 2},
+    }
+
+
+def test_override_creates_a_section_left_out(tmp_path):
+    assert load(tmp_path, "seed: 0", "section.mode=b").section.mode == "b"
+
+
+@pytest.mark.parametrize(
+    "text, overrides, message",
+    [
+        ("section: {}", (), "'seed' is missing"),
+        ("seed: 1\nsede: 2", (), r"unknown recipe key 'sede' \(did you mean 'seed'\?\); known keys: seed, section"),
+        ("seed: 1\nsection: {step: 3}", (), r"'section.step' \(did you mean 'steps'\?\)"),
+        ("seed: 1\nparts: [{name: x, sigm: 3}]", (), "'parts.0.sigm'"),
+        ("seed: one", (), "'seed' must be int, got 'one'"),
+        ("seed: true", (), "'seed' must be int, got True"),
+        ("seed: 1\nsection: {compile: 1}", (), "'section.compile' must be bool, got 1"),
+        ("seed: 1\nsection: {mode: c}", (), r"'section.mode' must be one of \['a', 'b'\], got 'c'"),
+        ("seed: 1\nsection: 3", (), "'section' must be a section"),
+        ("seed: 1\nparts: [{sigma: 1}]", (), "'parts.0.name' is missing"),
+        ("- 1", (), "must be a mapping"),
+        ("seed: [1", (), "not valid YAML"),
+        ("seed: 1", ("seed",), "not of the form"),
+        ("seed: 1", ("seed.x=1",), "'seed' is not a section"),
+        ("seed: 1\nparts: [{name: x}]", ("parts.1.name=y",), "'1' is not an index of a list of 1"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, text, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, text, *overrides)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
+        load_recipe(tmp_path / "nowhere.yaml", Recipe)
