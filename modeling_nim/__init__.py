@@ -1,0 +1,49 @@
+"""Noisy image modeling: vision transformers pre-trained to denoise, and kept as a defence of their classifiers."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+from .configuration_nim import MODEL_SIZES, NIMClassifierConfig, NIMConfig, NIMPurifiedConfig
+from .image_processing import image_processor_for
+from .modeling_nim import NIMForImageClassification, NIMForPreTraining, NIMModel
+from .modeling_nim_purified import NIMPurifiedImageClassification
+from .noise_nim import add_noise, denormalize, normalize, parse_sigma, sample_sigma
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MODEL_SIZES",
+    "NIMClassifierConfig",
+    "NIMConfig",
+    "NIMForImageClassification",
+    "NIMForPreTraining",
+    "NIMModel",
+    "NIMPurifiedConfig",
+    "NIMPurifiedImageClassification",
+    "add_noise",
+    "denormalize",
+    "image_processor_for",
+    "normalize",
+    "parse_sigma",
+    "sample_sigma",
+]
+
+for _auto_class, _config, _model in [
+    (AutoModel, NIMConfig, NIMModel),
+    (AutoModelForPreTraining, NIMConfig, NIMForPreTraining),
+    (AutoModelForImageClassification, NIMClassifierConfig, NIMForImageClassification),
+    (AutoModelForImageClassification, NIMPurifiedConfig, NIMPurifiedImageClassification),
+]:
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    _auto_class.register(_config, _model, exist_ok=True)
+
+# transformers' own MAE checkpoints, with today's key names and with those of before version 5, load into our classes.
+for _name in ("NIMModel", "NIMForPreTraining", "NIMForImageClassification"):
+    register_checkpoint_conversion_mapping(
+        _name,
+        [WeightRenaming(r"vit\.encoder\.layer\.", "vit.layers.")]
+        + get_checkpoint_conversion_mapping("ViTMAEForPreTraining"),
+        overwrite=True,
+    )
