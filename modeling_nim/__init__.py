@@ -4,10 +4,18 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification,
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from .configuration_nim import MODEL_SIZES, NIMClassifierConfig, NIMConfig, NIMPurifiedConfig
+from .configuration_nim import (
+    MODEL_SIZES,
+    NIMClassifierConfig,
+    NIMConfig,
+    NIMPurifiedConfig,
+    NIMSimMIMClassifierConfig,
+    NIMSimMIMConfig,
+)
 from .image_processing import image_processor_for
 from .modeling_nim import NIMForImageClassification, NIMForPreTraining, NIMModel
 from .modeling_nim_purified import NIMPurifiedImageClassification
+from .modeling_nim_simmim import NIMSimMIMForImageClassification, NIMSimMIMForPreTraining
 from .noise_nim import add_noise, denormalize, normalize, parse_sigma, sample_sigma
 
 
@@ -22,6 +30,10 @@ __all__ = [
     "NIMModel",
     "NIMPurifiedConfig",
     "NIMPurifiedImageClassification",
+    "NIMSimMIMClassifierConfig",
+    "NIMSimMIMConfig",
+    "NIMSimMIMForImageClassification",
+    "NIMSimMIMForPreTraining",
     "add_noise",
     "denormalize",
     "image_processor_for",
@@ -34,6 +46,8 @@ for _auto_class, _config, _model in [
     (AutoModel, NIMConfig, NIMModel),
     (AutoModelForPreTraining, NIMConfig, NIMForPreTraining),
     (AutoModelForImageClassification, NIMClassifierConfig, NIMForImageClassification),
+    (AutoModelForPreTraining, NIMSimMIMConfig, NIMSimMIMForPreTraining),
+    (AutoModelForImageClassification, NIMSimMIMClassifierConfig, NIMSimMIMForImageClassification),
     (AutoModelForImageClassification, NIMPurifiedConfig, NIMPurifiedImageClassification),
 ]:
     AutoConfig.register(_config.model_type, _config, exist_ok=True)

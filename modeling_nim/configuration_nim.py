@@ -244,9 +244,10 @@ class NIMSimMIMClassifierConfig(BeitConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+    def get_config_dict(cls, *args, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
         """Also takes the configuration of a pre-trained model, to start fine-tuning."""
-        return super().from_dict(_as_classifier_dict(cls, config_dict), **kwargs)
+        config_dict, kwargs = super().get_config_dict(*args, **kwargs)
+        return as_classifier_dict(cls, config_dict, from_type="nim_simmim"), kwargs
 
 
 @strict

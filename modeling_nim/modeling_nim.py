@@ -157,6 +157,11 @@ class NIMPreTrainedModel(ViTMAEPreTrainedModel):
             init.normal_(module.mask_token, std=self.config.initializer_range)
             self._fill_positions(module.decoder_pos_embed)
 
+    def save_pretrained(self, save_directory: str, **kwargs):
+        """As transformers', but always under this package's key names, whatever names the weights were loaded from."""
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, **kwargs)
+
     @staticmethod
     def _fill_positions(table: nn.Parameter):
         init.copy_(table, sincos_position_table(int((table.shape[1] - 1) ** 0.5), table.shape[2]))
@@ -200,6 +205,8 @@ class NIMForPreTraining(NIMPreTrainedModel):
         self.vit = NIMModel(config)
         self.decoder = ViTMAEDecoder(config, num_patches=self.vit.embeddings.patch_embeddings.num_patches)
         _mark_fused_projections(self.decoder)
+        # Without masks the token is outside the graph; a trainable parameter without a gradient stops DDP.
+        self.decoder.mask_token.requires_grad_(config.degradation == "mask")
         self.post_init()
 
     patchify = ViTMAEForPreTraining.patchify

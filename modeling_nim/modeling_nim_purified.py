@@ -17,12 +17,16 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from .configuration_nim import NIMPurifiedConfig
 from .modeling_nim import NIMForImageClassification, NIMForPreTraining, classification_loss
+from .modeling_nim_simmim import NIMSimMIMForImageClassification, NIMSimMIMForPreTraining
 from .noise_nim import Generators, denormalize, generators_per_image, normalize
 
 
 # By model type, so that the parts are found also where nothing is registered with the Auto classes (remote code).
-_PURIFIERS = {"nim": NIMForPreTraining}
-_CLASSIFIERS = {"nim_classifier": NIMForImageClassification}
+_PURIFIERS = {"nim": NIMForPreTraining, "nim_simmim": NIMSimMIMForPreTraining}
+_CLASSIFIERS = {
+    "nim_classifier": NIMForImageClassification,
+    "nim_simmim_classifier": NIMSimMIMForImageClassification,
+}
 
 
 def _build_part(own: dict[str, type[PreTrainedModel]], auto_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
@@ -65,6 +69,11 @@ class NIMPurifiedImageClassification(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module):
         """The parts initialise themselves; nothing stands between them."""
+
+    def save_pretrained(self, save_directory: str, **kwargs):
+        """As transformers', but always under this package's key names, whatever names the parts were loaded from."""
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, **kwargs)
 
     @classmethod
     def from_parts(
