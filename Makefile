@@ -1,0 +1,47 @@
+# The project's commands. Everything runs in .venv, which `make setup` fills with the versions of constraints.txt.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+LAUNCH := $(BIN)/accelerate launch --config_file scripts/launch/cpu.yaml
+DIGITS := scripts/recipes/digits
+
+.PHONY: setup demo test lint bench cards space clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# Pre-train, fine-tune on original and on denoised images, attack, draw: the paper on handwritten digits.
+demo: setup
+	$(LAUNCH) scripts/run_pretrain.py $(DIGITS)/pretrain_nim_mae.yaml
+	$(LAUNCH) scripts/run_finetune.py $(DIGITS)/finetune_original.yaml
+	$(LAUNCH) scripts/run_finetune.py $(DIGITS)/finetune_denoised.yaml
+	$(LAUNCH) scripts/run_attack.py $(DIGITS)/attack.yaml
+	$(BIN)/python scripts/make_figures.py outputs/demo
+
+test: setup lint
+	$(BIN)/python -m pytest -n 2
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Ratios against peers, measured in one run each; the numbers land in outputs/bench/.
+bench: setup
+	$(BIN)/python scripts/bench_loader.py
+	$(BIN)/python scripts/bench_pretrain.py
+	$(BIN)/python scripts/bench_purify.py
+	$(BIN)/python scripts/bench_attack.py
+
+cards: setup
+	$(BIN)/python scripts/make_cards.py
+
+space: setup
+	$(BIN)/python space/app.py
+
+clean:
+	rm -rf $(VENV) outputs build *.egg-info
