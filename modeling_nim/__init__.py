@@ -17,6 +17,7 @@ from .modeling_nim import NIMForImageClassification, NIMForPreTraining, NIMModel
 from .modeling_nim_purified import NIMPurifiedImageClassification
 from .modeling_nim_simmim import NIMSimMIMForImageClassification, NIMSimMIMForPreTraining
 from .noise_nim import add_noise, denormalize, normalize, parse_sigma, sample_sigma
+from .pipeline_nim import register_pipeline
 
 
 __version__ = "0.1.0"
@@ -61,3 +62,5 @@ for _name in ("NIMModel", "NIMForPreTraining", "NIMForImageClassification"):
         + get_checkpoint_conversion_mapping("ViTMAEForPreTraining"),
         overwrite=True,
     )
+
+register_pipeline()

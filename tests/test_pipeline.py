@@ -1,0 +1,193 @@
+"""`pipeline("image-classification")` with the package imported: purified models, and everyone else's."""
+
+import base64
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification, pipeline
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+from transformers.pipelines import ImageClassificationPipeline
+
+from modeling_nim import (
+    NIMClassifierConfig,
+    NIMConfig,
+    NIMForImageClassification,
+    NIMForPreTraining,
+    NIMPurifiedImageClassification,
+    image_processor_for,
+)
+from modeling_nim.noise_nim import denormalize
+
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "patch_size": 8}
+DECODER = {
+    "decoder_hidden_size": 32,
+    "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 64,
+}
+
+
+def tiny_purified(image_size=32):
+    torch.manual_seed(0)
+    purifier = NIMForPreTraining(NIMConfig(**SIZES, **DECODER, image_size=image_size))
+    classifier = NIMForImageClassification(NIMClassifierConfig(**SIZES, image_size=image_size, num_labels=4))
+    # A fresh head is almost zero, and every probability then almost equal: spread them.
+    torch.nn.init.normal_(classifier.classifier.weight)
+    return NIMPurifiedImageClassification.from_parts(purifier, classifier, sigma=30).eval()
+
+
+def random_image(width, height, seed=0):
+    levels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(levels)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    model = tiny_purified()
+    return pipeline("image-classification", model=model, image_processor=image_processor_for(model.config))
+
+
+@pytest.fixture(scope="module")
+def images():
+    return [random_image(40, 56, seed) for seed in range(5)]
+
+
+def scores(result):
+    return {entry["label"]: entry["score"] for entry in result}
+
+
+def test_a_seed_gives_the_model_s_own_answer(pipe, images):
+    pixel_values = pipe.image_processor(images[0], return_tensors="pt")["pixel_values"]
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        logits = pipe.model(pixel_values, sigma=60, num_votes=3, generator=generator).logits
+    expected = dict(zip(pipe.model.config.id2label.values(), logits.softmax(-1)[0].tolist(), strict=True))
+    assert scores(pipe(images[0], sigma=60, num_votes=3, seed=7)) == pytest.approx(expected, abs=1e-6)
+    assert scores(pipe(images[0], sigma=60, num_votes=3, seed=8)) != pytest.approx(expected, abs=1e-6)
+
+
+def test_answers_depend_neither_on_batch_size_nor_on_company(pipe, images):
+    arguments = {"sigma": 40, "num_votes": 2, "seed": 3, "return_purified": True}
+    alone = [pipe(image, **arguments) for image in images]
+    for batch_size in (1, 2, 5):
+        together = pipe(images, batch_size=batch_size, **arguments)
+        for one, other in zip(alone, together, strict=True):
+            assert scores(one["labels"]) == pytest.approx(scores(other["labels"]), abs=1e-6)
+            difference = np.asarray(one["purified"], dtype=int) - np.asarray(other["purified"], dtype=int)
+            assert abs(difference).max() <= 1  # rounding to levels
+
+
+def test_the_global_random_state_is_untouched_by_a_seeded_call(pipe, images):
+    state = torch.get_rng_state()
+    pipe(images, seed=0, num_votes=2, return_purified=True, batch_size=2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert scores(pipe(images[0])) != scores(pipe(images[0]))  # without a seed every call draws anew
+
+
+def test_the_purified_image_is_the_first_draw_at_the_input_s_size(pipe):
+    image = random_image(32, 32, seed=9)
+    result = pipe(image, sigma=30, num_votes=4, seed=5, return_purified=True)
+    pixel_values = pipe.image_processor(image, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        purified = pipe.model.purify(pixel_values, sigma=30, generator=torch.Generator().manual_seed(5))
+    config = pipe.model.config
+    expected = denormalize(purified, config.image_mean, config.image_std)[0].permute(1, 2, 0).numpy() * 255
+    assert np.abs(np.asarray(result["purified"], dtype=float) - expected).max() <= 0.51
+    assert result["labels"] == pipe(image, sigma=30, num_votes=4, seed=5)
+    tall = pipe(random_image(30, 70), seed=5, return_purified=True)
+    assert tall["purified"].size == (30, 70)
+    assert pipe(image, seed=5, return_purified=False) == pipe(image, seed=5)
+
+
+def test_margins_that_the_crop_removes_are_shown_as_they_were():
+    model = tiny_purified(image_size=64)
+    pipe = pipeline("image-classification", model=model, image_processor=image_processor_for(model.config))
+    image = random_image(146, 73)  # the shortest edge is resized to 73, so one resized pixel is one pixel here
+    shown = np.asarray(pipe(image, seed=0, return_purified=True)["purified"])
+    original = np.asarray(image)
+    changed = (shown != original).any(axis=-1)
+    rows, columns = np.nonzero(changed)
+    assert (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1) == (4, 68, 41, 105)
+    pixel_values = pipe.image_processor(image, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        purified = model.purify(pixel_values, generator=torch.Generator().manual_seed(0))
+    expected = denormalize(purified, model.config.image_mean, model.config.image_std)[0].permute(1, 2, 0).numpy() * 255
+    assert np.abs(shown[4:68, 41:105] - expected).max() <= 0.51
+
+
+def test_paths_urls_base64_arrays_and_tensors_are_taken(pipe, tmp_path):
+    image = random_image(48, 32)
+    image.save(tmp_path / "image.png")
+    base64_text = base64.b64encode((tmp_path / "image.png").read_bytes()).decode()
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    handler.log_message = lambda *args: None
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        inputs = [
+            str(tmp_path / "image.png"),
+            f"http://127.0.0.1:{server.server_address[1]}/image.png",
+            base64_text,
+            f"data:image/png;base64,{base64_text}",
+            np.asarray(image),
+        ]
+        expected = pipe(image, seed=1, return_purified=True)
+        for given in inputs:
+            result = pipe(given, seed=1, return_purified=True, timeout=10)
+            assert result["labels"] == expected["labels"]
+            assert np.array_equal(result["purified"], expected["purified"])
+        server.shutdown()
+
+
+def test_a_saved_directory_needs_nothing_but_its_path(tmp_path, images):
+    model = tiny_purified()
+    model.save_pretrained(tmp_path)
+    image_processor_for(model.config).save_pretrained(tmp_path)
+    loaded = pipeline("image-classification", model=str(tmp_path), seed=2, num_votes=2)
+    direct = pipeline("image-classification", model=model, image_processor=image_processor_for(model.config))
+    assert loaded(images) == direct(images, seed=2, num_votes=2)
+    assert loaded(images[0], top_k=2) == direct(images[0], seed=2, num_votes=2)[:2]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"sigma": -1}, "sigma must be >= 0"),
+        ({"num_votes": 0}, "num_votes must be at least 1"),
+        ({"seed": "0"}, "seed must be a whole number"),
+    ],
+)
+def test_bad_arguments_are_named(pipe, images, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(images[0], **arguments)
+
+
+@pytest.fixture(scope="module")
+def stock_model():
+    torch.manual_seed(1)
+    return ViTForImageClassification(ViTConfig(**SIZES, image_size=32, num_labels=3)).eval()
+
+
+def test_other_models_get_the_stock_pipeline_s_answers(stock_model, images, tmp_path):
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    ours = pipeline("image-classification", model=stock_model, image_processor=processor)
+    stock = ImageClassificationPipeline(model=stock_model, image_processor=processor, task="image-classification")
+    assert ours(images, batch_size=2, top_k=2) == stock(images, batch_size=2, top_k=2)
+    assert ours(images[0], function_to_apply="none") == stock(images[0], function_to_apply="none")
+    ours.save_pretrained(tmp_path)
+    assert "custom_pipelines" not in (tmp_path / "config.json").read_text()
+    assert not list(tmp_path.glob("*.py"))
+
+
+def test_other_models_refuse_the_purifier_s_arguments(stock_model, images):
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    pipe = pipeline("image-classification", model=stock_model, image_processor=processor)
+    with pytest.raises(ValueError, match="ViTForImageClassification has no purifier, so sigma, seed"):
+        pipe(images[0], sigma=30, seed=0)
+    with pytest.raises(TypeError, match="unknown_argument"):
+        pipe(images[0], unknown_argument=1)
