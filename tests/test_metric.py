@@ -6,6 +6,7 @@ import evaluate
 import pytest
 from statsmodels.stats.proportion import proportion_confint
 
+
 FOLDER = Path(__file__).parents[1] / "metrics" / "robust_accuracy"
 
 

@@ -11,6 +11,7 @@ import datasets
 import evaluate
 import numpy as np
 
+
 _DESCRIPTION = """
 Robust accuracy is the share of attacked images that are still classified correctly. A model that is random by design
 (a randomised purifier) decides differently from draw to draw, so several predictions per image can be given, each from
@@ -93,7 +94,9 @@ class RobustAccuracy(evaluate.Metric):
         num_images, num_draws = correct.shape
         shares = {"robust_accuracy": correct.mean()}
         if num_draws > 1:
-            shares["majority_vote"] = np.mean([_vote(row) == label for row, label in zip(predicted, labels)])
+            shares["majority_vote"] = np.mean(
+                [_vote(row) == label for row, label in zip(predicted, labels, strict=True)]
+            )
             shares["worst_of_draws"] = correct.all(axis=1).mean()
         result: dict[str, float | int | list[float]] = {"num_images": num_images, "num_draws": num_draws}
         for name, share in shares.items():
