@@ -7,7 +7,8 @@ from stub_hub import StubHub, card_errors, git_blob_id
 
 
 @pytest.fixture
-def hub():
+def hub(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # loopback only
     with StubHub() as hub:
         yield hub
 
