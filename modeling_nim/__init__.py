@@ -53,6 +53,9 @@ for _auto_class, _config, _model in [
 ]:
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     _auto_class.register(_config, _model, exist_ok=True)
+    # Saved models carry their code, so that trust_remote_code=True loads them where this package is not installed.
+    _config.register_for_auto_class()
+    _model.register_for_auto_class(_auto_class.__name__)
 
 # transformers' own MAE checkpoints, with today's key names and with those of before version 5, load into our classes.
 for _name in ("NIMModel", "NIMForPreTraining", "NIMForImageClassification"):

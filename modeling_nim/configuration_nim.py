@@ -289,7 +289,16 @@ class NIMPurifiedConfig(PreTrainedConfig):
         kwargs["id2label"] = dict(self.classifier_config.id2label)
         kwargs["label2id"] = dict(self.classifier_config.label2id)
         kwargs.pop("num_labels", None)
+        if not type(self).__module__.startswith("transformers_modules."):
+            # The imported package has its pipeline registered; with this entry transformers would still refuse to build
+            # one without trust_remote_code.
+            kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Adds where the pipeline with sigma, votes and the purified image is, for users without this package."""
+        pipeline = {"impl": "pipeline_nim.NIMImageClassificationPipeline", "pt": ["AutoModelForImageClassification"]}
+        return super().to_dict() | {"custom_pipelines": {"image-classification": pipeline}}
 
     @property
     def image_size(self) -> int:

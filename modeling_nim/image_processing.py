@@ -1,5 +1,8 @@
 """The image processor that is saved beside every model."""
 
+import os
+from pathlib import Path
+
 from transformers import PreTrainedConfig
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -27,3 +30,15 @@ def image_processor_for(config: PreTrainedConfig) -> ViTImageProcessorPil:
         image_mean=list(config.image_mean),
         image_std=list(config.image_std),
     )
+
+
+class ImageProcessorMixin:
+    """Makes `save_pretrained` and `push_to_hub` of a model write its image processor too, unless the folder has one."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs):
+        folder = Path(save_directory)
+        # First the processor: the parent may upload the folder before it returns.
+        if is_main_process and not (folder / "preprocessor_config.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            image_processor_for(self.config).save_pretrained(folder)
+        return super().save_pretrained(folder, is_main_process=is_main_process, **kwargs)

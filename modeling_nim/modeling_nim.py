@@ -21,6 +21,7 @@ from transformers.models.vit_mae.modeling_vit_mae import (
 )
 
 from .configuration_nim import NIMClassifierConfig, NIMConfig
+from .image_processing import ImageProcessorMixin
 from .noise_nim import Generators, clamp_to_image_range, degrade, generators_per_image
 
 
@@ -122,7 +123,7 @@ class NIMEmbeddings(ViTMAEEmbeddings):
         return torch.cat([cls_token, tokens], dim=1), mask, ids_restore
 
 
-class NIMPreTrainedModel(ViTMAEPreTrainedModel):
+class NIMPreTrainedModel(ImageProcessorMixin, ViTMAEPreTrainedModel):
     """Shared base of the NIM models: MAE's initialisation, reached by every nested model, loaded weights left alone."""
 
     config_class = NIMConfig

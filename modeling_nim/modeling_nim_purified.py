@@ -16,9 +16,11 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from .configuration_nim import NIMPurifiedConfig
+from .image_processing import ImageProcessorMixin
 from .modeling_nim import NIMForImageClassification, NIMForPreTraining, classification_loss
 from .modeling_nim_simmim import NIMSimMIMForImageClassification, NIMSimMIMForPreTraining
 from .noise_nim import Generators, denormalize, generators_per_image, normalize
+from .pipeline_nim import NIMImageClassificationPipeline  # noqa: F401  its file must travel with this one to the Hub
 
 
 # By model type, so that the parts are found also where nothing is registered with the Auto classes (remote code).
@@ -33,7 +35,7 @@ def _build_part(own: dict[str, type[PreTrainedModel]], auto_class: Any, config: 
     return own[config.model_type](config) if config.model_type in own else auto_class.from_config(config)
 
 
-class NIMPurifiedImageClassification(PreTrainedModel):
+class NIMPurifiedImageClassification(ImageProcessorMixin, PreTrainedModel):
     r"""
     An image classifier behind a purifier: `y = c(g(f(x + sigma * epsilon)))` (Eq. 9), differentiable from end to end.
 

@@ -19,6 +19,7 @@ from transformers.models.beit.modeling_beit import (
 )
 
 from .configuration_nim import NIMSimMIMClassifierConfig, NIMSimMIMConfig
+from .image_processing import ImageProcessorMixin
 from .modeling_nim import NIMForPreTrainingOutput, classification_loss
 from .noise_nim import Generators, clamp_to_image_range, degrade, generators_per_image
 
@@ -101,7 +102,7 @@ class NIMSimMIMDecoder(nn.Conv2d):
         return nn.functional.pixel_shuffle(super().forward(feature_map), self.patch_size)  # (B, C, H, W)
 
 
-class NIMSimMIMPreTrainedModel(BeitPreTrainedModel):
+class NIMSimMIMPreTrainedModel(ImageProcessorMixin, BeitPreTrainedModel):
     """Initialisation as in SimMIM's reference code, and loading from its pre-trained models."""
 
     config_class = NIMSimMIMConfig
