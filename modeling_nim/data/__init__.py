@@ -4,4 +4,5 @@ from .decode import BadImageError
 from .evaluation import evaluation_batch
 from .sources import DataRecipe, ImageSource, load_source
 
+
 __all__ = ["BadImageError", "DataRecipe", "ImageSource", "evaluation_batch", "load_source"]

@@ -12,8 +12,12 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
+
 # Fewer pixels than this on a side hold nothing to reconstruct or to recognise (tracking pixels, broken downloads).
 MIN_SIDE_PIXELS = 8
+
+EXIF_ORIENTATION_TAG = 0x0112
+EXIF_MARKER = b"Exif\x00\x00"
 
 cv2.setNumThreads(0)  # the data loader's workers are the parallelism
 
@@ -32,13 +36,81 @@ def decode_rgb(encoded: bytes, image_id: str) -> Image.Image:
     except Exception as error:  # Pillow's decoders raise whatever the file makes them trip over
         what = "empty file" if not encoded else f"{type(error).__name__}: {error}"
         raise BadImageError(f"cannot read image {image_id!r} ({len(encoded)} bytes): {what}") from None
-    if min(image.size) < MIN_SIDE_PIXELS:
-        raise BadImageError(f"image {image_id!r} has {image.width}x{image.height} pixels, fewer than {MIN_SIDE_PIXELS}")
+    _check_size(image.height, image.width, image_id)
     return image
 
 
-def to_uint8_array(pixels: bytes | np.ndarray, image_id: str) -> np.ndarray:
-    """A whole image, (H, W, 3) uint8: pixels pass through, encoded bytes are decoded as for evaluation."""
-    if isinstance(pixels, np.ndarray):
-        return pixels
-    return np.asarray(decode_rgb(pixels, image_id))
+def decode_window(encoded: bytes, image_id: str, window, size: int) -> np.ndarray:
+    """Decode a window of an image and resize it to `(size, size, 3)` uint8, at no more resolution than that needs.
+
+    `window(height, width)` gives top, left, height and width of the window in the upright image. A JPEG is decoded at
+    the smallest scale (libjpeg's M/8) that still covers the result; everything else goes through Pillow.
+    """
+    if not encoded.startswith(b"\xff\xd8"):
+        return resize_window(np.asarray(decode_rgb(encoded, image_id)), window, size)
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
+        if colorspace in ("CMYK", "YCCK"):
+            raise ValueError("CMYK is left to Pillow")
+        orientation = _exif_orientation(encoded)
+        _check_size(height, width, image_id)
+        upright_height, upright_width = (width, height) if orientation >= 5 else (height, width)
+        top, left, window_height, window_width = window(upright_height, upright_width)
+        min_height = min(upright_height, -(-upright_height * size // window_height))
+        min_width = min(upright_width, -(-upright_width * size // window_width))
+        if orientation >= 5:
+            min_height, min_width = min_width, min_height
+        pixels = simplejpeg.decode_jpeg(encoded, min_height=min_height, min_width=min_width, fastdct=True)
+    except BadImageError:
+        raise
+    except ValueError:  # libjpeg stumbled: Pillow has the last word on whether the image is damaged
+        return resize_window(np.asarray(decode_rgb(encoded, image_id)), window, size)
+    pixels = _upright(pixels, orientation)
+    scale_y, scale_x = pixels.shape[0] / upright_height, pixels.shape[1] / upright_width
+    y0, x0 = round(top * scale_y), round(left * scale_x)
+    y1 = max(y0 + 1, round((top + window_height) * scale_y))
+    x1 = max(x0 + 1, round((left + window_width) * scale_x))
+    return _resize(pixels[y0:y1, x0:x1], size)
+
+
+def resize_window(pixels: np.ndarray, window, size: int) -> np.ndarray:
+    """The same for an image that is already decoded, `(H, W, 3)` uint8."""
+    top, left, height, width = window(*pixels.shape[:2])
+    return _resize(pixels[top : top + height, left : left + width], size)
+
+
+def _resize(pixels: np.ndarray, size: int) -> np.ndarray:
+    height, width = pixels.shape[:2]
+    if (height, width) == (size, size):
+        return np.ascontiguousarray(pixels)
+    # averaging is the anti-aliased choice when both sides shrink, bicubic the sharp one when they grow
+    shrinks = height >= size and width >= size
+    return cv2.resize(pixels, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+
+
+def _check_size(height: int, width: int, image_id: str) -> None:
+    if min(height, width) < MIN_SIDE_PIXELS:
+        raise BadImageError(f"image {image_id!r} has {width}x{height} pixels, fewer than {MIN_SIDE_PIXELS} on a side")
+
+
+def _exif_orientation(encoded: bytes) -> int:
+    """1..8 as the EXIF standard counts them; 1 is upright."""
+    if EXIF_MARKER not in encoded[:4096]:  # the marker segment stands at the front of the file
+        return 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            orientation = Image.open(io.BytesIO(encoded)).getexif().get(EXIF_ORIENTATION_TAG, 1)
+        except Exception:  # damaged EXIF: Pillow raises many things, and the picture itself may be sound
+            return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    if orientation >= 5:  # stored with rows and columns exchanged
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels if orientation == 1 else np.ascontiguousarray(pixels)

@@ -9,6 +9,7 @@ import zlib
 import numpy as np
 import torch
 
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from .decode import BadImageError, decode_rgb
 
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
 
 

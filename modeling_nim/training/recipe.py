@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar, Union
 
 import yaml
 
+
 T = TypeVar("T")
 
 

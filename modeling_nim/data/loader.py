@@ -1,0 +1,200 @@
+"""From a source to the batches of a training step, in an order that is a function of (seed, step) alone."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+
+from .decode import BadImageError, decode_window, resize_window
+from .randomness import image_seeds, uniforms
+from .sources import DataRecipe, ImageSource
+
+
+NUM_CROP_ATTEMPTS = 10
+MAX_REPLACEMENTS = 1000
+
+
+@dataclass
+class CropRecipe:
+    """How a training image is cut out and turned, on the CPU while it is decoded.
+
+    - `crop: random_resized`: a window of `min_scale`..1 of the area, sides 3:4 to 4:3, resized to the model's size;
+    - `crop: padded`: a window of the model's size at a random place of the image with `padding` black pixels around it;
+    - `crop: none`: the largest centred square.
+    """
+
+    crop: Literal["random_resized", "padded", "none"] = "random_resized"
+    min_scale: float = 0.2
+    padding: int = 4
+    flip: bool = True
+
+    def __post_init__(self):
+        if not 0 < self.min_scale <= 1:
+            raise ValueError(f"crop.min_scale must be in (0, 1], got {self.min_scale}")
+        if self.padding < 0:
+            raise ValueError(f"crop.padding must be >= 0, got {self.padding}")
+
+
+def random_window(height: int, width: int, numbers: np.ndarray, min_scale: float) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a window with `min_scale`..1 of the area and an aspect ratio in 3:4..4:3.
+
+    `numbers` are 2 * NUM_CROP_ATTEMPTS + 2 uniforms: attempts at (area, ratio), then the place. When no attempt fits,
+    the largest centred window with an allowed ratio.
+    """
+    areas = height * width * (min_scale + (1 - min_scale) * numbers[0:-2:2])
+    ratios = np.exp(np.log(3 / 4) + (np.log(4 / 3) - np.log(3 / 4)) * numbers[1:-2:2])
+    window_widths = np.rint(np.sqrt(areas * ratios)).astype(int)
+    window_heights = np.rint(np.sqrt(areas / ratios)).astype(int)
+    fits = (0 < window_widths) & (window_widths <= width) & (0 < window_heights) & (window_heights <= height)
+    if fits.any():
+        first = int(fits.argmax())
+        window_height, window_width = int(window_heights[first]), int(window_widths[first])
+        top = int(numbers[-2] * (height - window_height + 1))
+        left = int(numbers[-1] * (width - window_width + 1))
+        return top, left, window_height, window_width
+    window_height, window_width = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    return (height - window_height) // 2, (width - window_width) // 2, window_height, window_width
+
+
+def centre_window(height: int, width: int) -> tuple[int, int, int, int]:
+    """The largest centred square: top, left, height, width."""
+    side = min(height, width)
+    return (height - side) // 2, (width - side) // 2, side, side
+
+
+class TrainingImages(Dataset):
+    """Decoded, cropped, flipped uint8 images; its keys are `(epoch, index)`, and a batch of keys is fetched at once.
+
+    A batch is a dict: `pixels` (B, H, W, 3) uint8 and `labels` (B,) are tensors; `epochs` and `indices` (B,) are arrays
+    that stay on the host, where they seed whatever is random about the image later on; `bad_images` are the messages of
+    the images that were skipped. A skipped image is replaced by the next good one: every step has its full batch.
+    """
+
+    def __init__(self, source: ImageSource, crop: CropRecipe, image_size: int, seed: int, on_bad_image: str = "raise"):
+        self.source, self.crop, self.image_size, self.seed = source, crop, image_size, seed
+        self.on_bad_image = on_bad_image
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        return self.__getitems__([key])
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, Any]:
+        epochs, indices = (np.asarray(column, dtype=np.int64) for column in zip(*keys, strict=True))
+        numbers = uniforms(image_seeds(self.seed, epochs, indices, "crop"), 2 * NUM_CROP_ATTEMPTS + 3)
+        pixels, labels, bad_images = self._read(indices, numbers)
+        if self.crop.crop == "padded":
+            pixels = self._shift(pixels, numbers)
+        if self.crop.flip:
+            flipped = numbers[:, -1] < 0.5
+            pixels[flipped] = pixels[flipped, :, ::-1]
+        return {
+            "pixels": torch.from_numpy(pixels),
+            "labels": torch.tensor(labels),
+            "epochs": epochs,
+            "indices": indices,
+            "bad_images": bad_images,
+        }
+
+    def _read(self, indices: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, list[int], list[str]]:
+        pixels = np.empty((len(indices), self.image_size, self.image_size, 3), np.uint8)
+        labels, bad_images = [], []
+        for position, index in enumerate(indices):
+            image, label, bad = self._read_good(int(index), numbers[position])
+            pixels[position] = image
+            labels.append(label)
+            bad_images += bad
+        return pixels, labels, bad_images
+
+    def _read_good(self, index: int, numbers: np.ndarray) -> tuple[np.ndarray, int, list[str]]:
+        """The image at `index` or, when bad ones may be skipped, the first good one after it."""
+
+        def window(height: int, width: int) -> tuple[int, int, int, int]:
+            if self.crop.crop == "random_resized":
+                return random_window(height, width, numbers[:-1], self.crop.min_scale)
+            return centre_window(height, width)
+
+        bad_images = []
+        for _ in range(min(len(self.source), MAX_REPLACEMENTS)):
+            try:
+                stored, label = self.source.stored(index)
+                if isinstance(stored, np.ndarray):
+                    return resize_window(stored, window, self.image_size), label, bad_images
+                return (
+                    decode_window(stored, self.source.image_id(index), window, self.image_size),
+                    label,
+                    bad_images,
+                )
+            except BadImageError as error:
+                if self.on_bad_image == "raise":
+                    raise BadImageError(f"{error}; data.on_bad_image=skip leaves such images out") from None
+                bad_images.append(str(error))
+                index = (index + 1) % len(self.source)
+        raise ValueError(f"{len(bad_images)} images in a row cannot be read; the first: {bad_images[0]}")
+
+    def _shift(self, pixels: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """Each image cut out of itself with a black border, at its own place."""
+        padding, size = self.crop.padding, self.image_size
+        padded = np.pad(pixels, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+        offsets = (numbers[:, :2] * (2 * padding + 1)).astype(int)  # (B, 2)
+        rows = offsets[:, 0, None] + np.arange(size)  # (B, H)
+        columns = offsets[:, 1, None] + np.arange(size)
+        return padded[np.arange(len(pixels))[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+class StepSampler(Sampler):
+    """Keys `(epoch, index)` of the steps `start_step`..`num_steps`, `batch_size` of them per step (the global batch).
+
+    Every epoch is a permutation made from (seed, epoch), its incomplete last batch left out. The order at a step depends
+    on nothing that happened before it, so a run resumes by starting here, and any number of processes shares it.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, seed: int, start_step: int, num_steps: int):
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.start_step, self.num_steps = start_step, num_steps
+        self.steps_per_epoch = num_images // batch_size
+
+    def __len__(self):
+        return (self.num_steps - self.start_step) * self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order_epoch = None
+        for step in range(self.start_step, self.num_steps):
+            epoch, position = divmod(step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                order = np.random.default_rng([self.seed, epoch]).permutation(self.num_images)
+                order_epoch = epoch
+            for index in order[position * self.batch_size : (position + 1) * self.batch_size]:
+                yield epoch, int(index)
+
+
+def training_loader(
+    images: TrainingImages, recipe: DataRecipe, batch_size: int, micro_batch_size: int, start_step: int, num_steps: int
+) -> DataLoader:
+    """The micro-batches of the steps `start_step`..`num_steps`, for `accelerator.prepare` to share among processes.
+
+    `batch_size` images make a step of all processes, `micro_batch_size` a batch of the loader.
+    """
+    sampler = StepSampler(len(images), batch_size, images.seed, start_step, num_steps)
+    return DataLoader(
+        images,
+        batch_sampler=BatchSampler(sampler, micro_batch_size, drop_last=True),
+        num_workers=recipe.num_workers,
+        collate_fn=_as_fetched,
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=4 if recipe.num_workers else None,
+        generator=torch.Generator(),  # the workers' seeds must not move the global random state
+    )
+
+
+def _as_fetched(batch):
+    return batch  # `__getitems__` has made the batch already
+
+
+def to_images_01(pixels: torch.Tensor) -> torch.Tensor:
+    """`(B, H, W, 3)` uint8 to `(B, 3, H, W)` float32 in [0, 1], on whatever device the pixels are."""
+    return pixels.permute(0, 3, 1, 2).float().div_(255)

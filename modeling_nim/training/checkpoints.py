@@ -1,0 +1,127 @@
+"""Checkpoints that are complete or absent, named by the optimiser step, the newest few kept.
+
+A checkpoint is written under a temporary name, gets a manifest of its files with their hashes, and is renamed last. What
+cannot be read back (a full disk, a torn copy) is found by the manifest, and the checkpoint before it is used instead.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import AveragedModel
+
+
+MANIFEST = "manifest.json"
+AVERAGE = "average.safetensors"
+_NAME = re.compile(r"^step-(\d{8})$")
+
+
+def checkpoint_path(folder: str, step: int) -> str:
+    return os.path.join(folder, f"step-{step:08d}")
+
+
+def list_checkpoints(folder: str) -> list[tuple[int, str]]:
+    """`(step, path)` of the checkpoints in `folder`, oldest first; unfinished ones have other names and do not count."""
+    if not os.path.isdir(folder):
+        return []
+    found = [(int(match[1]), match[0]) for name in os.listdir(folder) if (match := _NAME.match(name))]
+    return [(step, os.path.join(folder, name)) for step, name in sorted(found)]
+
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    folder: str,
+    step: int,
+    state: dict[str, Any],
+    keep: int,
+    average: AveragedModel | None = None,
+) -> str:
+    """Save everything Accelerate knows (weights, optimiser, random states) and the JSON-able `state` as one checkpoint.
+
+    Every process must call it. `average` is the moving average of the weights, if there is one. Returns the checkpoint's
+    path; older ones beyond the newest `keep` are removed.
+    """
+    path = checkpoint_path(folder, step)
+    temporary = f"{path}.incomplete"
+    if accelerator.is_main_process:
+        os.makedirs(folder, exist_ok=True)
+        for name in os.listdir(folder):  # left by a run that was killed while saving
+            if name.endswith(".incomplete"):
+                shutil.rmtree(os.path.join(folder, name))
+    accelerator.wait_for_everyone()
+    accelerator.save_state(temporary)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if average is not None:
+            tensors = {name: tensor.contiguous() for name, tensor in average.state_dict().items()}
+            save_file(tensors, os.path.join(temporary, AVERAGE))
+        manifest = {"step": step, "state": state, "sha256": _hash_files(temporary)}
+        with open(os.path.join(temporary, MANIFEST), "w", encoding="utf-8") as file:
+            json.dump(manifest, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if os.path.isdir(path):  # the same step again, after a fall-back: the new one replaces the damaged one
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+        for _, old in list_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return path
+
+
+def load_newest_checkpoint(
+    accelerator: Accelerator, folder: str, average: AveragedModel | None = None
+) -> tuple[int, dict[str, Any]] | None:
+    """Load the newest intact checkpoint into what was prepared; returns its step and state, or None without any.
+
+    Every process must call it; one process looks for damage and all load what it found. Damaged checkpoints are skipped
+    with a warning that names the file.
+    """
+    chosen: list[Any] = [None]
+    if accelerator.is_main_process:
+        for step, path in reversed(list_checkpoints(folder)):
+            try:
+                chosen = [(step, path, _verified_state(path))]
+                break
+            except (OSError, ValueError, KeyError) as error:
+                warnings.warn(f"checkpoint {path!r} is damaged ({error}); trying the one before", stacklevel=2)
+    chosen = broadcast_object_list(chosen)
+    if chosen[0] is None:
+        return None
+    step, path, state = chosen[0]
+    accelerator.load_state(path)
+    if average is not None:
+        if not os.path.exists(os.path.join(path, AVERAGE)):
+            raise ValueError(
+                f"checkpoint {path!r} holds no moving average; unset optimization.ema_decay or start afresh"
+            )
+        average.load_state_dict(load_file(os.path.join(path, AVERAGE), device=str(accelerator.device)))
+    return step, state
+
+
+def _verified_state(path: str) -> dict[str, Any]:
+    with open(os.path.join(path, MANIFEST), encoding="utf-8") as file:
+        manifest = json.load(file)
+    found = _hash_files(path)
+    for name, expected in manifest["sha256"].items():
+        if found.get(name) != expected:
+            raise ValueError(f"{name} is {'not as it was written' if name in found else 'missing'}")
+    return manifest["state"]
+
+
+def _hash_files(path: str) -> dict[str, str]:
+    hashes = {}
+    for folder, _, files in os.walk(path):
+        for name in files:
+            if name != MANIFEST:
+                full = os.path.join(folder, name)
+                with open(full, "rb") as file:
+                    hashes[os.path.relpath(full, path)] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes

@@ -1,0 +1,198 @@
+"""The optimiser's side of a recipe: batch, learning rate, weight decay, layer decay, moving average.
+
+Small pure functions; the loops in the scripts call them step by step.
+"""
+
+import math
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+
+@dataclass
+class OptimizationRecipe:
+    """The `optimization` section of a training recipe.
+
+    `batch_size` is the global batch that the recipe was made for: images per optimiser step, over all processes and
+    accumulated micro-batches. Left alone, every process takes its share of it. With `per_device_batch_size` the global
+    batch follows from the machines instead, and the learning rate with it (linear scaling rule, Goyal et al. 2017):
+    `base_learning_rate` * global batch / `base_batch_size`.
+
+    Give the length as `epochs` or as `steps`, and the warm-up likewise. `schedule: cosine` falls to `min_learning_rate`;
+    `schedule: multistep` multiplies by `decay_factor` at each of `decay_epochs`.
+    """
+
+    batch_size: int
+    base_learning_rate: float
+    base_batch_size: int = 256
+    epochs: float | None = None
+    steps: int | None = None
+    warmup_epochs: float | None = None
+    warmup_steps: int | None = None
+    schedule: Literal["cosine", "multistep"] = "cosine"
+    min_learning_rate: float = 0.0
+    decay_epochs: list[float] = field(default_factory=list)
+    decay_factor: float = 0.1
+    per_device_batch_size: int | None = None
+    gradient_accumulation_steps: int = 1
+    weight_decay: float = 0.05
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    layer_decay: float = 1.0
+    max_grad_norm: float | None = None
+    ema_decay: float | None = None
+
+    def __post_init__(self):
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of optimization.epochs and optimization.steps")
+        if self.warmup_epochs is not None and self.warmup_steps is not None:
+            raise ValueError("give at most one of optimization.warmup_epochs and optimization.warmup_steps")
+        positive = ("batch_size", "base_batch_size", "epochs", "steps", "per_device_batch_size", "max_grad_norm")
+        for name in (*positive, "gradient_accumulation_steps", "layer_decay"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"optimization.{name} must be above 0, got {value}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimization.betas must be two numbers in [0, 1), got {self.betas}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"optimization.ema_decay must be in (0, 1), got {self.ema_decay}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe comes to on the machines at hand; lengths in optimiser steps."""
+
+    per_device_batch_size: int
+    global_batch_size: int
+    steps_per_epoch: int
+    num_steps: int
+    warmup_steps: int
+    peak_learning_rate: float
+
+
+def make_plan(recipe: OptimizationRecipe, num_processes: int, num_images: int) -> Plan:
+    """Share the batch, scale the learning rate and count the steps.
+
+    Warns when the global batch is not the recipe's, with the learning rate that follows. Raises ValueError when the batch
+    cannot be shared evenly or is larger than the data.
+    """
+    shares = num_processes * recipe.gradient_accumulation_steps
+    if recipe.per_device_batch_size is None and recipe.batch_size % shares:
+        raise ValueError(
+            f"optimization.batch_size {recipe.batch_size} does not divide into {num_processes} processes x "
+            f"{recipe.gradient_accumulation_steps} accumulation steps; change one of them or set per_device_batch_size"
+        )
+    per_device = recipe.per_device_batch_size or recipe.batch_size // shares
+    global_batch_size = per_device * shares
+    if num_images < global_batch_size:
+        raise ValueError(
+            f"one step takes {global_batch_size} images and the training split has {num_images}; lower "
+            f"optimization.batch_size"
+        )
+    peak = recipe.base_learning_rate * global_batch_size / recipe.base_batch_size
+    if global_batch_size != recipe.batch_size:
+        warnings.warn(
+            f"the global batch is {global_batch_size} ({per_device} images x {num_processes} processes x "
+            f"{recipe.gradient_accumulation_steps} accumulation steps), the recipe's is {recipe.batch_size}: the peak "
+            f"learning rate is scaled with it, to {peak:.6g}",
+            stacklevel=2,
+        )
+    steps_per_epoch = num_images // global_batch_size
+    return Plan(
+        per_device_batch_size=per_device,
+        global_batch_size=global_batch_size,
+        steps_per_epoch=steps_per_epoch,
+        num_steps=recipe.steps or round(recipe.epochs * steps_per_epoch),
+        warmup_steps=recipe.warmup_steps or round((recipe.warmup_epochs or 0) * steps_per_epoch),
+        peak_learning_rate=peak,
+    )
+
+
+def cosine_learning_rate(epoch: float, peak: float, minimum: float, warmup_epochs: float, epochs: float) -> float:
+    """Linear warm-up from 0, then half a cosine from `peak` to `minimum`; `epoch` is fractional, the unit arbitrary."""
+    if epoch < warmup_epochs:
+        return peak * epoch / warmup_epochs
+    progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
+    return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def multistep_learning_rate(
+    epoch: float, peak: float, warmup_epochs: float, decay_epochs: Sequence[float], decay_factor: float
+) -> float:
+    """Linear warm-up from 0, then `peak`, times `decay_factor` for each of `decay_epochs` that has passed."""
+    if epoch < warmup_epochs:
+        return peak * epoch / warmup_epochs
+    return peak * decay_factor ** sum(epoch >= decay_epoch for decay_epoch in decay_epochs)
+
+
+def learning_rate_at(step: int, recipe: OptimizationRecipe, plan: Plan) -> float:
+    """The rate of optimiser step `step`, counted from 0; set by hand, because a prepared scheduler counts processes."""
+    peak, warmup = plan.peak_learning_rate, plan.warmup_steps
+    if recipe.schedule == "multistep":
+        decay_steps = [epoch * plan.steps_per_epoch for epoch in recipe.decay_epochs]
+        return multistep_learning_rate(step, peak, warmup, decay_steps, recipe.decay_factor)
+    return cosine_learning_rate(step, peak, recipe.min_learning_rate, warmup, plan.num_steps)
+
+
+_UNDECAYED = ("cls_token", "mask_token", "position_embeddings", "decoder_pos_embed")
+
+
+def parameter_settings(
+    model: nn.Module, weight_decay: float, layer_decay: float = 1.0
+) -> dict[str, tuple[float, float]]:
+    """`{parameter name: (learning-rate scale, weight decay)}` for every parameter, frozen ones too.
+
+    Of L layers, layer l (from 0) learns at `layer_decay ** (L - l)`, the embeddings before it at `layer_decay ** (L + 1)`
+    and what comes after at 1 (Clark et al. 2020). Biases, norms and other vectors, tokens and positions have no decay.
+    """
+    layers = re.compile(r"^(?:vit|beit)\.layers\.(\d+)\.")
+    numbers = [int(match[1]) for name, _ in model.named_parameters() if (match := layers.match(name))]
+    num_layers = max(numbers, default=-1) + 1
+    settings = {}
+    for name, parameter in model.named_parameters():
+        if match := layers.match(name):
+            depth = int(match[1]) + 1
+        elif name.startswith(("vit.embeddings.", "beit.embeddings.")):
+            depth = 0
+        else:
+            depth = num_layers + 1
+        undecayed = parameter.ndim <= 1 or name.endswith(_UNDECAYED)
+        settings[name] = (layer_decay ** (num_layers + 1 - depth), 0.0 if undecayed else weight_decay)
+    return settings
+
+
+def make_optimizer(model: nn.Module, recipe: OptimizationRecipe) -> torch.optim.AdamW:
+    """Fused AdamW over the trainable parameters, one group for each pair of settings, its `lr_scale` kept in the group."""
+    settings = parameter_settings(model, recipe.weight_decay, recipe.layer_decay)
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            lr_scale, weight_decay = settings[name]
+            group = {"params": [], "lr_scale": lr_scale, "weight_decay": weight_decay}
+            groups.setdefault(settings[name], group)["params"].append(parameter)
+    return torch.optim.AdamW(list(groups.values()), lr=0.0, betas=tuple(recipe.betas), fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Gives every group `learning_rate` times its own `lr_scale`."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["lr_scale"]
+
+
+def make_average(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of the weights, `decay` per optimiser step; `.module` is the averaged model."""
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    return average.requires_grad_(False).eval()
+
+
+def soft_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy against probabilities `(B, num_labels)`.
+
+    Outside the model on purpose: a model given soft `labels` would take them for a multi-label problem.
+    """
+    return -(targets * logits.float().log_softmax(dim=-1)).sum(dim=-1).mean()

@@ -1,0 +1,160 @@
+"""What a run tells while it goes on: the progress line, `log.jsonl`, and when it must stop."""
+
+import json
+import math
+import os
+import resource
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+
+
+class NonFiniteLossError(ValueError):
+    """The loss became NaN or infinite."""
+
+
+def resume_log(path: str, step: int) -> None:
+    """Cut the log back to what stood in it at `step`, so that it tells one history: that of the weights."""
+    if not os.path.exists(path):
+        return
+    kept = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # the line that a killed run was writing
+                continue
+            if record["step"] <= step:
+                kept.append(line)
+    with open(f"{path}.incomplete", "w", encoding="utf-8") as file:
+        file.writelines(kept)
+    os.replace(f"{path}.incomplete", path)
+
+
+def append_log(path: str, record: dict[str, Any]) -> None:
+    """Add one JSON line."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+class Reporter:
+    """Losses, throughput and time spent waiting for data since the last report; where the reports go.
+
+    Losses stay on the device until `report`, so that the loop never waits for one.
+    """
+
+    def __init__(self, accelerator: Accelerator, output_dir: str, step: int, num_steps: int):
+        self.accelerator = accelerator
+        self.log_path = os.path.join(output_dir, "log.jsonl")
+        if accelerator.is_main_process:
+            os.makedirs(output_dir, exist_ok=True)
+            resume_log(self.log_path, step)
+        self.bar = tqdm(total=num_steps, initial=step, unit="step", disable=not accelerator.is_main_process)
+        self.bad_images: list[str] = []
+        self.seen_bad_images: set[str] = set()
+        self._start_window()
+
+    def _start_window(self) -> None:
+        self.losses: list[torch.Tensor] = []
+        self.num_images = 0
+        self.waiting_s = 0.0
+        self.started = time.perf_counter()
+
+    def timed(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The batches, with the time that `next` takes counted as waiting for data and bad images noted."""
+        iterator = iter(batches)
+        while True:
+            before = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self.waiting_s += time.perf_counter() - before
+            self.bad_images += batch["bad_images"]
+            yield batch
+
+    def add_step(self, micro_losses: list[torch.Tensor], num_images: int) -> None:
+        """Count one optimiser step: the losses of its micro-batches in this process, its images in all processes."""
+        self.losses.append(torch.stack([loss.detach().float() for loss in micro_losses]).mean())
+        self.num_images += num_images
+        self.bar.update()
+
+    def report(self, step: int, learning_rate: float) -> None:
+        """Write the mean loss of the steps since the last report, rates and memory to bar, log and trackers.
+
+        Every process must call it. Raises `NonFiniteLossError` naming the first step whose loss is not finite.
+        """
+        losses = self.accelerator.reduce(torch.stack(self.losses), reduction="mean").tolist()
+        for number, loss in enumerate(losses, start=step - len(losses) + 1):
+            if not math.isfinite(loss):
+                raise NonFiniteLossError(
+                    f"the loss is {loss} at step {number}; the last checkpoint is kept, lower the learning rate or set "
+                    f"optimization.max_grad_norm before going on from it"
+                )
+        elapsed_s = time.perf_counter() - self.started
+        self.write(
+            {
+                "step": step,
+                "loss": sum(losses) / len(losses),
+                "lr": learning_rate,
+                "images_per_s": self.num_images / elapsed_s,
+                "data_wait": self.waiting_s / elapsed_s,
+                "memory_gib": peak_memory_gib(),
+            }
+        )
+        self.bar.set_postfix(loss=f"{sum(losses) / len(losses):.4f}", images_per_s=f"{self.num_images / elapsed_s:.0f}")
+        for message in gather_object(self.bad_images):
+            if message not in self.seen_bad_images:  # named once, not in every epoch
+                self.seen_bad_images.add(message)
+                self.write({"step": step, "bad_image": message, "num_bad_images": len(self.seen_bad_images)})
+        self.bad_images = []
+        self._start_window()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Add a record with a `step` to the log, its numbers to the trackers too."""
+        if self.accelerator.is_main_process:
+            append_log(self.log_path, record)
+        numbers = {key: value for key, value in record.items() if key != "step" and not isinstance(value, str)}
+        self.accelerator.log(numbers, step=record["step"])
+
+    def close(self) -> None:
+        """End bar and trackers."""
+        self.bar.close()
+        if self.seen_bad_images and self.accelerator.is_main_process:
+            print(f"{len(self.seen_bad_images)} bad images were skipped; {self.log_path} names each one")
+        self.accelerator.end_training()
+
+
+def peak_memory_gib() -> float:
+    """Peak memory of this process: on the GPU where there is one, resident otherwise."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+
+
+class StopSignal:
+    """SIGTERM as a wish: a preempted node finishes its step, saves and ends well."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.received = False
+        signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, *_) -> None:
+        self.received = True
+
+    def requested(self, step: int, every: int) -> bool:
+        """Whether any process was told to stop; several processes ask one another every `every` steps."""
+        if self.accelerator.num_processes == 1:
+            return self.received
+        if step % every:
+            return False
+        if self.received:
+            self.accelerator.set_trigger()
+        return self.accelerator.check_trigger()

@@ -1,0 +1,81 @@
+"""Sections that both training recipes have: how the run is executed, checkpointed and logged."""
+
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import TorchDynamoPlugin
+
+from .recipe import recipe_to_dict
+
+
+@dataclass
+class ExecutionRecipe:
+    """The `execution` section: precision and memory against speed; the machines themselves are `accelerate launch`'s."""
+
+    mixed_precision: Literal["no", "bf16"] = "no"
+    compile: bool = False
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class CheckpointRecipe:
+    """The `checkpoints` section: one every `every_steps` steps and at the end, the newest `keep` of them kept."""
+
+    every_steps: int = 1000
+    keep: int = 2
+
+    def __post_init__(self):
+        for name in ("every_steps", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"checkpoints.{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass
+class LoggingRecipe:
+    """The `logging` section: a record in `log.jsonl` every `every_steps` steps, and to `trackers` if any are named."""
+
+    every_steps: int = 10
+    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = field(default_factory=list)
+    project: str = "modeling-nim"
+
+    def __post_init__(self):
+        if self.every_steps < 1:
+            raise ValueError(f"logging.every_steps must be at least 1, got {self.every_steps}")
+
+
+def make_accelerator(recipe: Any) -> Accelerator:
+    """The accelerator for a recipe with `execution`, `optimization`, `logging` and `output_dir`, its trackers started."""
+    torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+    accelerator = Accelerator(
+        mixed_precision=recipe.execution.mixed_precision,
+        gradient_accumulation_steps=recipe.optimization.gradient_accumulation_steps,
+        dynamo_plugin=TorchDynamoPlugin(backend="inductor") if recipe.execution.compile else None,
+        log_with=recipe.logging.trackers or None,
+        project_dir=recipe.output_dir,
+    )
+    if recipe.logging.trackers:
+        accelerator.init_trackers(recipe.logging.project, config=_flat(recipe_to_dict(recipe)))
+    return accelerator
+
+
+def save_recipe(accelerator: Accelerator, recipe: Any) -> None:
+    """Write the recipe, every default filled in, to `output_dir/recipe.yaml`."""
+    if accelerator.is_main_process:
+        os.makedirs(recipe.output_dir, exist_ok=True)
+        with open(os.path.join(recipe.output_dir, "recipe.yaml"), "w", encoding="utf-8") as file:
+            yaml.safe_dump(recipe_to_dict(recipe), file, sort_keys=False)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
+    """Nested keys joined by dots, values as the trackers take them."""
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, (int, float, str, bool)) else str(value)
+    return flat

@@ -1,0 +1,134 @@
+"""Pre-train a model to undo a degradation: noise (NIM, Eq. 3-4 of the paper) or masks (MAE and SimMIM, Eq. 1-2).
+
+    accelerate launch scripts/run_pretrain.py scripts/recipes/digits/pretrain_nim_mae.yaml [section.key=value ...]
+
+The same line on one GPU, on many (`--config_file scripts/launch/ddp_8gpu.yaml`) or on CPU. Given again after the run was
+broken off, it goes on from the newest checkpoint and arrives at the same numbers. In `output_dir`:
+
+    config.json, model.safetensors, preprocessor_config.json   the model, at the end
+    checkpoints/step-00001000/                                 what the run resumes from
+    log.jsonl                                                  one record every `logging.every_steps` steps
+    recipe.yaml                                                the recipe with every default filled in
+"""
+
+import argparse
+import os
+from dataclasses import dataclass, field
+
+from accelerate.utils import set_seed
+
+from modeling_nim import normalize
+from modeling_nim.cli import run_main
+from modeling_nim.data import DataRecipe, load_source
+from modeling_nim.data.loader import CropRecipe, TrainingImages, to_images_01, training_loader
+from modeling_nim.data.randomness import generators, image_seeds
+from modeling_nim.training.checkpoints import load_newest_checkpoint, save_checkpoint
+from modeling_nim.training.models import ModelRecipe, draw_degradation, make_pretraining_model, save_model_dir
+from modeling_nim.training.optimization import (
+    OptimizationRecipe,
+    learning_rate_at,
+    make_average,
+    make_optimizer,
+    make_plan,
+    set_learning_rate,
+)
+from modeling_nim.training.progress import Reporter, StopSignal
+from modeling_nim.training.recipe import load_recipe
+from modeling_nim.training.settings import (
+    CheckpointRecipe,
+    ExecutionRecipe,
+    LoggingRecipe,
+    make_accelerator,
+    save_recipe,
+)
+
+
+@dataclass
+class PretrainRecipe:
+    seed: int
+    output_dir: str
+    data: DataRecipe
+    model: ModelRecipe
+    optimization: OptimizationRecipe
+    crop: CropRecipe = field(default_factory=CropRecipe)
+    execution: ExecutionRecipe = field(default_factory=ExecutionRecipe)
+    checkpoints: CheckpointRecipe = field(default_factory=CheckpointRecipe)
+    logging: LoggingRecipe = field(default_factory=LoggingRecipe)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_args()
+    recipe = load_recipe(arguments.recipe, PretrainRecipe, arguments.overrides)
+
+    # The parts
+    accelerator = make_accelerator(recipe)
+    set_seed(recipe.seed)
+    model = make_pretraining_model(recipe.model)
+    config = model.config
+    if recipe.execution.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    source = load_source(recipe.data, "train")
+    images = TrainingImages(source, recipe.crop, config.image_size, recipe.seed, recipe.data.on_bad_image)
+    plan = make_plan(recipe.optimization, accelerator.num_processes, len(source))
+    average = make_average(model, recipe.optimization.ema_decay) if recipe.optimization.ema_decay else None
+    model, optimizer = accelerator.prepare(model, make_optimizer(model, recipe.optimization))
+    set_seed(recipe.seed, device_specific=True)  # from here on: drop path, different in every process
+
+    # Where to begin: everything that is random about an image depends on (seed, epoch, image), not on what was before
+    checkpoints = os.path.join(recipe.output_dir, "checkpoints")
+    step, _ = load_newest_checkpoint(accelerator, checkpoints, average) or (0, {})
+    loader = training_loader(
+        images, recipe.data, plan.global_batch_size, plan.per_device_batch_size, step, plan.num_steps
+    )
+    loader = accelerator.prepare(loader)
+    reporter = Reporter(accelerator, recipe.output_dir, step, plan.num_steps)
+    save_recipe(accelerator, recipe)
+    stop = StopSignal(accelerator)
+
+    # The loop
+    model.train()
+    micro_losses = []
+    for batch in reporter.timed(loader):
+        pixel_values = normalize(to_images_01(batch["pixels"]), config.image_mean, config.image_std)  # (B, 3, H, W)
+        seeds = image_seeds(recipe.seed, batch["epochs"], batch["indices"], "degradation")  # (B,)
+        draws = draw_degradation(config, len(seeds), generators(seeds, accelerator.device), accelerator.device)
+        learning_rate = learning_rate_at(step, recipe.optimization, plan)
+        set_learning_rate(optimizer, learning_rate)
+        with accelerator.accumulate(model):
+            loss = model(pixel_values, **draws).loss  # Eq. 4, or Eq. 2 with masks
+            accelerator.backward(loss)
+            if accelerator.sync_gradients and recipe.optimization.max_grad_norm:
+                accelerator.clip_grad_norm_(model.parameters(), recipe.optimization.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        micro_losses.append(loss)
+        if not accelerator.sync_gradients:
+            continue
+
+        step += 1
+        if average:
+            average.update_parameters(accelerator.unwrap_model(model, keep_torch_compile=False))
+        reporter.add_step(micro_losses, plan.global_batch_size)
+        micro_losses = []
+        stopping = stop.requested(step, every=recipe.logging.every_steps)
+        saving = stopping or step % recipe.checkpoints.every_steps == 0 or step == plan.num_steps
+        if saving or step % recipe.logging.every_steps == 0:
+            reporter.report(step, learning_rate)  # raises before a NaN can reach a checkpoint
+        if saving:
+            save_checkpoint(accelerator, checkpoints, step, {}, recipe.checkpoints.keep, average)
+        if stopping:
+            break
+
+    reporter.close()
+    if step < plan.num_steps:
+        accelerator.print(f"stopped at step {step} of {plan.num_steps}; the same command goes on from there")
+        return
+    save_model_dir(accelerator, model, recipe.output_dir, average)
+    accelerator.print(f"the model is in {recipe.output_dir}")
+
+
+if __name__ == "__main__":
+    run_main(main)
