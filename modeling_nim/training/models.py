@@ -9,15 +9,18 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from torch.optim.swa_utils import AveragedModel
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForPreTraining, PreTrainedConfig, PreTrainedModel
 
 from .. import (
     MODEL_SIZES,
+    NIMClassifierConfig,
     NIMConfig,
+    NIMForImageClassification,
     NIMForPreTraining,
+    NIMSimMIMClassifierConfig,
     NIMSimMIMConfig,
+    NIMSimMIMForImageClassification,
     NIMSimMIMForPreTraining,
-    image_processor_for,
     sample_sigma,
 )
 from ..noise_nim import sample_epsilon
@@ -28,6 +31,13 @@ ARCHITECTURES = {
     "mae": (NIMConfig, NIMForPreTraining, "mask"),
     "nim_simmim": (NIMSimMIMConfig, NIMSimMIMForPreTraining, "noise"),
     "simmim": (NIMSimMIMConfig, NIMSimMIMForPreTraining, "mask"),
+}
+
+CLASSIFIERS = {
+    NIMConfig.model_type: NIMForImageClassification,
+    NIMClassifierConfig.model_type: NIMForImageClassification,
+    NIMSimMIMConfig.model_type: NIMSimMIMForImageClassification,
+    NIMSimMIMClassifierConfig.model_type: NIMSimMIMForImageClassification,
 }
 
 
@@ -43,7 +53,7 @@ class ModelRecipe:
 def make_config(recipe: ModelRecipe) -> PreTrainedConfig:
     """The model's configuration; ValueError for a field that it does not have or a value that it refuses."""
     config_class, _, degradation = ARCHITECTURES[recipe.architecture]
-    known = {entry.name for entry in dataclasses.fields(config_class)}
+    known = {entry.name for entry in dataclasses.fields(config_class)} | {"attn_implementation"}
     for name in recipe.config:
         if name not in known or name == "degradation":
             raise ValueError(
@@ -60,21 +70,73 @@ def make_pretraining_model(recipe: ModelRecipe) -> PreTrainedModel:
 
 
 def draw_degradation(
-    config: PreTrainedConfig, batch_size: int, generators: list[torch.Generator], device: torch.device
+    config: PreTrainedConfig,
+    batch_size: int,
+    generators: list[torch.Generator],
+    device: torch.device,
+    sigma: str | float | None = None,
 ) -> dict[str, torch.Tensor]:
     """What degrades each image, as arguments of the model: sigma (section 2.4) and epsilon (Eq. 3), or the mask's order.
 
-    Drawn here and not in the model, so that a compiled model has no random draws in its graph.
+    `sigma` None is the configuration's. Drawn here and not in the model, so that a compiled model has no random draws in
+    its graph.
     """
     if config.degradation == "noise":
         shape = (batch_size, config.num_channels, config.image_size, config.image_size)
         return {
-            "sigma": sample_sigma(config.sigma, batch_size, generators, device),
+            "sigma": sample_sigma(config.sigma if sigma is None else sigma, batch_size, generators, device),
             "epsilon": sample_epsilon(shape, generators, device),
         }
     side = config.image_size // getattr(config, "mask_patch_size", config.patch_size)
     order = [torch.rand(side * side, generator=generator, device=generator.device) for generator in generators]
     return {"noise": torch.stack(order).to(device)}
+
+
+def load_classifier(path: str, class_names: list[str], drop_path_rate: float) -> PreTrainedModel:
+    """The classifier that starts from the pre-trained model at `path`: encoder loaded, `fc_norm` and head fresh.
+
+    Raises FileNotFoundError when there is no model, ValueError when it is not one of ours or its weights do not fit.
+    """
+    require_model_dir(path)
+    model_type = AutoConfig.from_pretrained(path).model_type
+    if model_type not in CLASSIFIERS:
+        raise ValueError(
+            f"{path!r} is a {model_type!r} model; fine-tuning starts from one of {', '.join(CLASSIFIERS)} "
+            f"(scripts/convert_checkpoint.py makes them from published MAE and SimMIM weights)"
+        )
+    model, info = CLASSIFIERS[model_type].from_pretrained(
+        path,
+        id2label=dict(enumerate(class_names)),
+        label2id={name: label for label, name in enumerate(class_names)},
+        drop_path_rate=drop_path_rate,
+        output_loading_info=True,
+    )
+    missing = [key for key in info["missing_keys"] if not key.startswith(("fc_norm.", "classifier."))]
+    if missing or info["unexpected_keys"]:
+        raise ValueError(
+            f"the weights of {path!r} do not fit: missing {sorted(missing)}, left over {sorted(info['unexpected_keys'])}"
+        )
+    return model
+
+
+def load_purifier(path: str) -> PreTrainedModel:
+    """The frozen purifier at `path`: in evaluation mode and without gradients for its weights."""
+    require_model_dir(path)
+    model_type = AutoConfig.from_pretrained(path).model_type
+    if model_type not in (NIMConfig.model_type, NIMSimMIMConfig.model_type):
+        raise ValueError(
+            f"{path!r} is a {model_type!r} model, which cannot purify; name a pre-trained NIM or MIM model"
+        )
+    return AutoModelForPreTraining.from_pretrained(path).requires_grad_(False).eval()
+
+
+def require_model_dir(path: str) -> None:
+    """FileNotFoundError for a directory without a model; a Hub id such as "org/name" is left to transformers."""
+    if os.path.isdir(path):
+        if not os.path.exists(os.path.join(path, "config.json")):
+            raise FileNotFoundError(f"{path!r} holds no model (no config.json); is its training finished?")
+    elif path.count("/") != 1 or path.startswith((".", "/", "outputs/")):
+        raise FileNotFoundError(f"there is no model directory {path!r}; scripts/run_pretrain.py makes one")
 
 
 def save_model_dir(
@@ -97,7 +159,6 @@ def write_model_dir(model: PreTrainedModel, output_dir: str, state_dict: dict[st
     temporary = os.path.join(output_dir, ".model.incomplete")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary, state_dict=state_dict)
-    image_processor_for(model.config).save_pretrained(temporary)
     names = sorted(os.listdir(temporary), key=lambda name: (name == "config.json", name))
     for name in names:  # the configuration last: without it the directory is no model
         os.replace(os.path.join(temporary, name), os.path.join(output_dir, name))
