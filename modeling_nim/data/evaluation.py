@@ -1,10 +1,16 @@
 """Images as evaluation and attacks meet them: exactly what the model's own image processor makes of them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 
+from .decode import BadImageError
 from .sources import ImageSource
+
+
+BAD_IMAGE_LABEL = -1
 
 
 def evaluation_batch(source: ImageSource, indices: Sequence[int], processor) -> torch.Tensor:
@@ -15,3 +21,30 @@ def evaluation_batch(source: ImageSource, indices: Sequence[int], processor) -> 
     """
     images = [source[int(index)][0] for index in indices]
     return processor(images=images, do_normalize=False, return_tensors="pt")["pixel_values"].float()
+
+
+class EvaluationImages(Dataset):
+    """Items of `images_01` (3, H, W), `labels` and `indices`; a bad image that may be skipped is black and has the label
+    `BAD_IMAGE_LABEL`."""
+
+    def __init__(self, source: ImageSource, processor, on_bad_image: str = "raise"):
+        self.source, self.processor, self.on_bad_image = source, processor, on_bad_image
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            image, label = self.source[index]
+        except BadImageError:
+            if self.on_bad_image == "raise":
+                raise
+            side = max((self.processor.crop_size or self.processor.size)["height"], 1)
+            return {"images_01": torch.zeros(3, side, side), "labels": BAD_IMAGE_LABEL, "indices": index}
+        images_01 = self.processor(images=image, do_normalize=False, return_tensors="pt")["pixel_values"][0]
+        return {"images_01": images_01.float(), "labels": label, "indices": index}
+
+
+def evaluation_loader(images: EvaluationImages, batch_size: int, num_workers: int) -> DataLoader:
+    """Every image once, in order; its workers leave the global random state alone."""
+    return DataLoader(images, batch_size, num_workers=num_workers, generator=torch.Generator())

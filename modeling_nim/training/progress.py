@@ -5,6 +5,7 @@ import math
 import os
 import resource
 import signal
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -55,7 +56,14 @@ class Reporter:
         if accelerator.is_main_process:
             os.makedirs(output_dir, exist_ok=True)
             resume_log(self.log_path, step)
-        self.bar = tqdm(total=num_steps, initial=step, unit="step", disable=not accelerator.is_main_process)
+        # a terminal shows a moving line; a log file gets a line now and then
+        self.bar = tqdm(
+            total=num_steps,
+            initial=step,
+            unit="step",
+            mininterval=0.2 if sys.stderr.isatty() else 20,
+            disable=not accelerator.is_main_process,
+        )
         self.bad_images: list[str] = []
         self.seen_bad_images: set[str] = set()
         self._start_window()
@@ -108,7 +116,9 @@ class Reporter:
                 "memory_gib": peak_memory_gib(),
             }
         )
-        self.bar.set_postfix(loss=f"{sum(losses) / len(losses):.4f}", images_per_s=f"{self.num_images / elapsed_s:.0f}")
+        self.bar.set_postfix(
+            loss=f"{sum(losses) / len(losses):.4f}", images_per_s=f"{self.num_images / elapsed_s:.0f}", refresh=False
+        )
         for message in gather_object(self.bad_images):
             if message not in self.seen_bad_images:  # named once, not in every epoch
                 self.seen_bad_images.add(message)

@@ -49,7 +49,8 @@ class LoggingRecipe:
 
 def make_accelerator(recipe: Any) -> Accelerator:
     """The accelerator for a recipe with `execution`, `optimization`, `logging` and `output_dir`, its trackers started."""
-    torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     accelerator = Accelerator(
         mixed_precision=recipe.execution.mixed_precision,
         gradient_accumulation_steps=recipe.optimization.gradient_accumulation_steps,

@@ -1,0 +1,236 @@
+"""Fine-tune a pre-trained encoder as a classifier, on images as they are or as the defence hands them on (Eq. 10).
+
+    accelerate launch scripts/run_finetune.py scripts/recipes/digits/finetune_denoised.yaml [section.key=value ...]
+
+With `images: denoised` each image gets noise of its own sigma, is denoised by the frozen purifier and clamped before the
+classifier sees it. As run_pretrain.py it runs on one machine or many and goes on where it was broken off. In `output_dir`:
+
+    config.json, model.safetensors, preprocessor_config.json   the classifier, at the end
+    purified/                                                  purifier and classifier composed (Eq. 9), if one is named
+    best/                                                      the classifier that did best in validation, if asked for
+    checkpoints/, log.jsonl, recipe.yaml                       as in pre-training
+"""
+
+import argparse
+import os
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+
+from modeling_nim import NIMPurifiedImageClassification, image_processor_for, normalize, parse_sigma
+from modeling_nim.cli import run_main
+from modeling_nim.data import DataRecipe, load_source
+from modeling_nim.data.evaluation import BAD_IMAGE_LABEL, EvaluationImages, evaluation_loader
+from modeling_nim.data.loader import CropRecipe, TrainingImages, to_images_01, training_loader
+from modeling_nim.data.randomness import generators, image_seeds
+from modeling_nim.training.checkpoints import load_newest_checkpoint, save_checkpoint
+from modeling_nim.training.models import (
+    draw_degradation,
+    load_classifier,
+    load_purifier,
+    save_model_dir,
+    write_model_dir,
+)
+from modeling_nim.training.optimization import (
+    OptimizationRecipe,
+    learning_rate_at,
+    make_average,
+    make_optimizer,
+    make_plan,
+    set_learning_rate,
+    soft_cross_entropy,
+)
+from modeling_nim.training.progress import Reporter, StopSignal
+from modeling_nim.training.recipe import load_recipe
+from modeling_nim.training.settings import (
+    CheckpointRecipe,
+    ExecutionRecipe,
+    LoggingRecipe,
+    make_accelerator,
+    save_recipe,
+)
+
+
+@dataclass
+class ValidationRecipe:
+    """Which split to measure accuracy on every `every_epochs`; the images are prepared as in training, at `defense_sigma`."""
+
+    split: Literal["none", "validation", "test"] = "none"
+    every_epochs: float = 1.0
+    batch_size: int = 64
+
+
+@dataclass
+class FinetuneRecipe:
+    seed: int
+    output_dir: str
+    data: DataRecipe
+    optimization: OptimizationRecipe
+    init: str  # the pre-trained model: a directory or a Hub id
+    images: Literal["original", "denoised"] = "original"
+    sigma: str | float = "uniform(0, 30)"  # of the noise that is denoised in training; the paper's
+    purifier: str | None = None  # None: `init` itself, where images are denoised
+    defense_sigma: float = 30.0  # of the composed model and of validation
+    drop_path_rate: float = 0.0
+    label_smoothing: float = 0.0
+    crop: CropRecipe = field(default_factory=CropRecipe)
+    validation: ValidationRecipe = field(default_factory=ValidationRecipe)
+    execution: ExecutionRecipe = field(default_factory=ExecutionRecipe)
+    checkpoints: CheckpointRecipe = field(default_factory=CheckpointRecipe)
+    logging: LoggingRecipe = field(default_factory=LoggingRecipe)
+
+    def __post_init__(self):
+        parse_sigma(self.sigma), parse_sigma(self.defense_sigma)
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        if self.images == "denoised" and self.purifier is None:
+            self.purifier = self.init
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_args()
+    recipe = load_recipe(arguments.recipe, FinetuneRecipe, arguments.overrides)
+
+    # The parts
+    accelerator = make_accelerator(recipe)
+    source = load_source(recipe.data, "train")
+    set_seed(recipe.seed)
+    model = load_classifier(recipe.init, source.class_names, recipe.drop_path_rate)
+    classifier_config = model.config
+    purified_model = None
+    if recipe.purifier:
+        purifier = load_purifier(recipe.purifier).to(accelerator.device)
+        purified_model = NIMPurifiedImageClassification.from_parts(purifier, model, recipe.defense_sigma)
+    if recipe.execution.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    denoise = recipe.images == "denoised"
+    input_config = purifier.config if denoise else classifier_config
+    images = TrainingImages(source, recipe.crop, input_config.image_size, recipe.seed, recipe.data.on_bad_image)
+    plan = make_plan(recipe.optimization, accelerator.num_processes, len(source))
+    average = make_average(model, recipe.optimization.ema_decay) if recipe.optimization.ema_decay else None
+    model, optimizer = accelerator.prepare(model, make_optimizer(model, recipe.optimization))
+    set_seed(recipe.seed, device_specific=True)  # from here on: drop path, different in every process
+
+    # Where to begin: everything that is random about an image depends on (seed, epoch, image), not on what was before
+    checkpoints = os.path.join(recipe.output_dir, "checkpoints")
+    step, state = load_newest_checkpoint(accelerator, checkpoints, average) or (0, {"best_accuracy": -1.0})
+    loader = training_loader(
+        images, recipe.data, plan.global_batch_size, plan.per_device_batch_size, step, plan.num_steps
+    )
+    loader = accelerator.prepare(loader)
+    validation_loader = None
+    if recipe.validation.split != "none":
+        held_out = EvaluationImages(
+            load_source(recipe.data, recipe.validation.split),
+            image_processor_for(input_config),
+            recipe.data.on_bad_image,
+        )
+        validation_steps = max(1, round(recipe.validation.every_epochs * plan.steps_per_epoch))
+        validation_loader = accelerator.prepare(
+            evaluation_loader(held_out, recipe.validation.batch_size, recipe.data.num_workers)
+        )
+    reporter = Reporter(accelerator, recipe.output_dir, step, plan.num_steps)
+    save_recipe(accelerator, recipe)
+    stop = StopSignal(accelerator)
+
+    # The loop
+    model.train()
+    micro_losses = []
+    for batch in reporter.timed(loader):
+        pixel_values = normalize(to_images_01(batch["pixels"]), input_config.image_mean, input_config.image_std)
+        targets = torch.nn.functional.one_hot(batch["labels"], classifier_config.num_labels).float()
+        targets = targets * (1 - recipe.label_smoothing) + recipe.label_smoothing / classifier_config.num_labels
+        if denoise:
+            seeds = image_seeds(recipe.seed, batch["epochs"], batch["indices"], "degradation")  # (B,)
+            draws = draw_degradation(
+                input_config, len(seeds), generators(seeds, accelerator.device), accelerator.device, recipe.sigma
+            )
+            with torch.no_grad(), accelerator.autocast():
+                purified = purified_model.purify(pixel_values, **draws)  # clamped
+                pixel_values = purified_model.prepare_for_classifier(purified)
+        learning_rate = learning_rate_at(step, recipe.optimization, plan)
+        set_learning_rate(optimizer, learning_rate)
+        with accelerator.accumulate(model):
+            loss = soft_cross_entropy(model(pixel_values).logits, targets)  # Eq. 10
+            accelerator.backward(loss)
+            if accelerator.sync_gradients and recipe.optimization.max_grad_norm:
+                accelerator.clip_grad_norm_(model.parameters(), recipe.optimization.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        micro_losses.append(loss)
+        if not accelerator.sync_gradients:
+            continue
+
+        step += 1
+        if average:
+            average.update_parameters(accelerator.unwrap_model(model, keep_torch_compile=False))
+        reporter.add_step(micro_losses, plan.global_batch_size)
+        micro_losses = []
+        stopping = stop.requested(step, every=recipe.logging.every_steps)
+        saving = stopping or step % recipe.checkpoints.every_steps == 0 or step == plan.num_steps
+        if saving or step % recipe.logging.every_steps == 0:
+            reporter.report(step, learning_rate)  # raises before a NaN can reach a checkpoint
+        if validation_loader and (step % validation_steps == 0 or step == plan.num_steps):
+            classifier = average.module if average else model
+            accuracy = validate(accelerator, classifier, validation_loader, purified_model if denoise else None, recipe)
+            reporter.write({"step": step, "validation_accuracy": accuracy})
+            if accuracy > state["best_accuracy"]:
+                state = {"best_accuracy": accuracy}
+                save_model_dir(accelerator, model, os.path.join(recipe.output_dir, "best"), average)
+        if saving:
+            save_checkpoint(accelerator, checkpoints, step, state, recipe.checkpoints.keep, average)
+        if stopping:
+            break
+
+    reporter.close()
+    if step < plan.num_steps:
+        accelerator.print(f"stopped at step {step} of {plan.num_steps}; the same command goes on from there")
+        return
+    save_model_dir(accelerator, model, recipe.output_dir, average)
+    if purified_model and accelerator.is_main_process:
+        trained = type(accelerator.unwrap_model(model, keep_torch_compile=False)).from_pretrained(recipe.output_dir)
+        composed = NIMPurifiedImageClassification.from_parts(purifier.cpu(), trained, recipe.defense_sigma)
+        write_model_dir(composed, os.path.join(recipe.output_dir, "purified"))
+    accelerator.print(
+        f"the classifier is in {recipe.output_dir}" + (", with its purifier in purified/" * bool(recipe.purifier))
+    )
+
+
+@torch.inference_mode()
+def validate(
+    accelerator: Accelerator,
+    classifier: torch.nn.Module,
+    loader: DataLoader,
+    purified_model: NIMPurifiedImageClassification | None,
+    recipe: FinetuneRecipe,
+) -> float:
+    """Accuracy in percent, with the same noise for an image every time; the classifier goes back to training mode."""
+    classifier.eval()
+    config = (purified_model or accelerator.unwrap_model(classifier, keep_torch_compile=False)).config
+    num_right = num_images = 0
+    for batch in loader:
+        pixel_values = normalize(batch["images_01"], config.image_mean, config.image_std)
+        if purified_model:
+            seeds = image_seeds(recipe.seed, 0, batch["indices"].cpu().numpy(), "validation")
+            noise = generators(seeds, accelerator.device)
+            with accelerator.autocast():
+                purified = purified_model.purify(pixel_values, generator=noise)
+                pixel_values = purified_model.prepare_for_classifier(purified)
+        with accelerator.autocast():
+            predictions = classifier(pixel_values).logits.argmax(dim=-1)
+        predictions, labels = accelerator.gather_for_metrics((predictions, batch["labels"]))
+        num_right += int((predictions == labels).sum())
+        num_images += int((labels != BAD_IMAGE_LABEL).sum())
+    classifier.train()
+    return 100 * num_right / num_images
+
+
+if __name__ == "__main__":
+    run_main(main)
