@@ -1,0 +1,279 @@
+"""Numbers that must not depend on how they are computed: gradients, attention kernels, precision, compilation, batch size."""
+
+import json
+
+import pytest
+import torch
+from conftest import TINY, TINY_DECODER
+from safetensors.torch import load_file, save_file
+from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+from modeling_nim import (
+    NIMClassifierConfig,
+    NIMConfig,
+    NIMForImageClassification,
+    NIMForPreTraining,
+    NIMPurifiedImageClassification,
+    NIMSimMIMClassifierConfig,
+    NIMSimMIMConfig,
+    NIMSimMIMForImageClassification,
+    NIMSimMIMForPreTraining,
+)
+
+
+def enlarge(model):
+    """Fresh weights leave blocks close to the identity, where nothing is tested; these are larger."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "norm" not in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * (0.3 if parameter.ndim > 1 else 0.1)
+    return model.eval()
+
+
+def nim_mae(**fields):
+    return enlarge(NIMForPreTraining(NIMConfig(**{**TINY, **TINY_DECODER, **fields})))
+
+
+def nim_simmim(**fields):
+    return enlarge(
+        NIMSimMIMForPreTraining(NIMSimMIMConfig(**{**TINY, "mask_patch_size": 8, "drop_path_rate": 0.0, **fields}))
+    )
+
+
+PURIFIERS = {
+    "nim_mae": lambda: nim_mae(),
+    "nim_mae noisy statistics": lambda: nim_mae(patch_statistics="noisy"),
+    "nim_mae raw pixels": lambda: nim_mae(norm_pix_loss=False),
+    "mae": lambda: nim_mae(degradation="mask"),
+    "nim_simmim": lambda: nim_simmim(),
+    "simmim": lambda: nim_simmim(degradation="mask"),
+}
+CLASSIFIERS = {
+    "mae": lambda: enlarge(NIMForImageClassification(NIMClassifierConfig(**TINY, num_labels=5))),
+    "simmim": lambda: enlarge(
+        NIMSimMIMForImageClassification(NIMSimMIMClassifierConfig(**TINY, num_labels=5, drop_path_rate=0.0))
+    ),
+}
+every_purifier = pytest.mark.parametrize("name", PURIFIERS)
+every_classifier = pytest.mark.parametrize("name", CLASSIFIERS)
+
+
+def draws(model, batch_size: int, dtype=torch.float32) -> dict[str, torch.Tensor]:
+    """Given randomness for one call, as the model's degradation takes it."""
+    if model.config.degradation == "mask":
+        patches = 4 if hasattr(model.config, "mask_patch_size") else 16
+        return {"noise": torch.rand(batch_size, patches)}
+    sigma = torch.linspace(20, 60, batch_size).to(dtype)
+    return {"sigma": sigma, "epsilon": torch.randn(batch_size, 3, 16, 16, dtype=dtype)}
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@every_purifier
+def test_gradients_through_purify_agree_with_finite_differences(name):
+    model = PURIFIERS[name]().double()
+    # inside the image range nearly everywhere; the clamp's corners have no derivative to compare
+    pixel_values = (0.3 * torch.randn(2, 3, 16, 16, dtype=torch.double)).requires_grad_()
+    given = draws(model, 2, torch.double)
+    assert torch.autograd.gradcheck(
+        lambda images: model.purify(images, **given), (pixel_values,), eps=1e-7, atol=1e-5, fast_mode=True
+    )
+
+
+def test_gradients_through_the_whole_defence_agree_with_finite_differences():
+    model = NIMPurifiedImageClassification.from_parts(PURIFIERS["nim_mae"](), CLASSIFIERS["mae"]()).double()
+    pixel_values = (0.3 * torch.randn(2, 3, 16, 16, dtype=torch.double)).requires_grad_()
+    epsilon = torch.randn(2, 2, 3, 16, 16, dtype=torch.double)  # two votes
+    labels = torch.tensor([0, 1])
+    assert torch.autograd.gradcheck(
+        lambda images: model(images, labels=labels, epsilon=epsilon).logits.double(),
+        (pixel_values,),
+        eps=1e-4,  # votes are averaged in float32
+        atol=1e-2,
+        fast_mode=True,
+    )
+
+
+@every_purifier
+def test_sdpa_equals_eager_attention_in_purifiers(name, pixel_values):
+    model = PURIFIERS[name]()
+    given = draws(model, 4)
+    results = []
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        images = pixel_values.clone().requires_grad_()
+        output = model(images, **given)
+        output.loss.backward()
+        results.append((output.loss, output.reconstruction, images.grad))
+    for eager, sdpa in zip(*results, strict=True):
+        torch.testing.assert_close(sdpa, eager, atol=1e-5, rtol=0)
+
+
+@every_classifier
+def test_sdpa_equals_eager_attention_in_classifiers(name, pixel_values):
+    model = CLASSIFIERS[name]()
+    logits = []
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        logits.append(model(pixel_values).logits)
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
+
+
+@every_purifier
+def test_bfloat16_autocast_stays_within_two_percent(name, pixel_values):
+    model = PURIFIERS[name]()
+    given = draws(model, 4)
+    with torch.no_grad():
+        expected = model(pixel_values, **given)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = model(pixel_values, **given)
+            purified = model.purify(pixel_values, **given)
+        assert relative_error(found.loss, expected.loss) < 2e-2
+        assert relative_error(found.reconstruction, expected.reconstruction) < 2e-2
+        assert relative_error(purified, model.purify(pixel_values, **given)) < 2e-2
+
+
+@every_classifier
+def test_bfloat16_autocast_of_classifiers_stays_within_two_percent(name, pixel_values):
+    model = CLASSIFIERS[name]()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model(pixel_values).logits
+    assert relative_error(found, model(pixel_values).logits.detach()) < 2e-2
+
+
+@every_purifier
+def test_forward_and_purify_compile_into_one_graph(name, pixel_values):
+    """Also backwards, as an attacker runs it."""
+    model = PURIFIERS[name]()
+    given = draws(model, 4)
+
+    def loss_and_images(images, given):
+        return model(images, **given).loss, model.purify(images, **given)
+
+    compiled = torch.compile(loss_and_images, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (loss_and_images, compiled):
+        images = pixel_values.clone().requires_grad_()
+        loss, purified = function(images, given)
+        (loss + purified.square().mean()).backward()
+        results.append((loss, purified, images.grad))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@every_classifier
+def test_classifiers_compile_into_one_graph(name, pixel_values):
+    model = CLASSIFIERS[name]()
+    compiled = torch.compile(lambda images: model(images).logits, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(pixel_values), model(pixel_values).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*PURIFIERS, *(f"classifier {name}" for name in CLASSIFIERS)])
+def test_gradient_checkpointing_leaves_loss_and_gradients_unchanged(name, pixel_values):
+    if name.startswith("classifier"):
+        model, given = CLASSIFIERS[name.split()[1]](), {"labels": torch.tensor([0, 1, 2, 3])}
+    else:
+        model = PURIFIERS[name]()
+        given = draws(model, 4)
+    model.train()
+    calls = []
+    model.base_model.layers[0].layernorm_before.register_forward_hook(lambda *_: calls.append(1))
+    results = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            assert len(calls) == 1
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        loss = model(pixel_values, **given).loss
+        loss.backward()
+        results.append((loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    assert len(calls) == 3  # the checkpointed forward pass ran again for the backward pass
+    torch.testing.assert_close(results[1][0], results[0][0])
+    assert results[0][1].keys() == results[1][1].keys()
+    for parameter, gradient in results[0][1].items():
+        torch.testing.assert_close(results[1][1][parameter], gradient, msg=parameter)
+
+
+@every_purifier
+def test_the_same_generator_state_purifies_alike_at_batch_size_1_and_8(name):
+    model = PURIFIERS[name]()
+    images = torch.randn(8, 3, 16, 16)
+    together = model.purify(images, generator=torch.Generator().manual_seed(4))
+    generator = torch.Generator().manual_seed(4)
+    alone = torch.cat([model.purify(image[None], generator=generator) for image in images])
+    torch.testing.assert_close(alone, together, atol=1e-5, rtol=0)
+    other = model.purify(images, generator=torch.Generator().manual_seed(5))
+    assert (together - other).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("statistics", "alone"), [("noisy", True), ("input", False)])
+def test_noisy_statistics_make_purify_a_function_of_the_noisy_image(statistics, alone, pixel_values):
+    """Two inputs that differ by the noise: the same noisy image must give the same output, and one input must not show."""
+    model = nim_mae(patch_statistics=statistics)
+    std = torch.tensor(model.config.image_std).view(1, 3, 1, 1)
+    epsilon = torch.randn_like(pixel_values)
+    shift = 0.2 * torch.randn(4, 3, 1, 1).expand_as(pixel_values)  # a shift of patch means
+    first = model.purify(pixel_values, sigma=30, epsilon=epsilon)
+    second = model.purify(pixel_values + shift, sigma=30, epsilon=epsilon - shift * std * 255 / 30)
+    distance = (first - second).abs().max().item()
+    assert distance < 1e-5 if alone else distance > 0.1
+
+
+OLD_NAMES = [  # before transformers 5
+    ("vit.layers.", "vit.encoder.layer."),
+    (".attention.o_proj.", ".attention.output.dense."),
+    (".mlp.fc1.", ".intermediate.dense."),
+    (".mlp.fc2.", ".output.dense."),
+    (".attention.q_proj.", ".attention.attention.query."),
+    (".attention.k_proj.", ".attention.attention.key."),
+    (".attention.v_proj.", ".attention.attention.value."),
+]
+
+
+@pytest.mark.parametrize("layout", ["new", "old"])
+@pytest.mark.parametrize("cls", [NIMForPreTraining, NIMForImageClassification])
+def test_transformers_mae_checkpoints_load_straight(tmp_path, layout, cls, pixel_values):
+    """What facebook/vit-mae-* holds, in today's key names and in those that the Hub's files were written with."""
+    theirs = enlarge(ViTMAEForPreTraining(ViTMAEConfig(**TINY, **TINY_DECODER)))
+    theirs.save_pretrained(tmp_path, save_original_format=False)
+    if layout == "old":
+        weights = {}
+        for key, weight in load_file(tmp_path / "model.safetensors").items():
+            for new, old in OLD_NAMES:
+                key = key.replace(new, old)
+            weights[key] = weight
+        assert "vit.encoder.layer.1.attention.attention.query.weight" in weights
+        assert "decoder.decoder_layers.0.intermediate.dense.bias" in weights
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | {"transformers_version": "4.16.0"}))
+    if cls is NIMForImageClassification:
+        model, info = cls.from_pretrained(tmp_path, num_labels=3, output_loading_info=True)
+        assert {key.split(".")[0] for key in info["missing_keys"]} == {"fc_norm", "classifier"}
+        assert not info["unexpected_keys"]
+        assert torch.equal(model.vit.layers[1].mlp.fc2.weight, theirs.vit.layers[1].mlp.fc2.weight)
+        return
+    model, info = cls.from_pretrained(tmp_path, degradation="mask", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    noise = torch.rand(4, 16)
+    expected, found = theirs(pixel_values, noise=noise), model.eval()(pixel_values, noise=noise)
+    torch.testing.assert_close(found.loss, expected.loss)
+    torch.testing.assert_close(found.logits, expected.logits)
+
+
+def test_a_larger_purifier_before_a_smaller_classifier(pixel_values):
+    """Table 1's last MAE row: a purifier of other width, patches and image size than the classifier behind it."""
+    larger = {"image_size": 32, "patch_size": 8, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    purifier = nim_mae(degradation="mask", norm_pix_loss=False, **larger)
+    classifier = CLASSIFIERS["mae"]()
+    model = NIMPurifiedImageClassification.from_parts(purifier, classifier)
+    images = torch.randn(2, 3, 32, 32, requires_grad=True)
+    noise = torch.rand(2, 16)
+    logits = model(images, noise=noise).logits
+    purified = purifier.purify(images, noise=noise)
+    resized = torch.nn.functional.interpolate(purified, size=16, mode="bicubic", align_corners=False, antialias=True)
+    torch.testing.assert_close(logits, classifier(resized).logits)
+    logits.sum().backward()
+    assert images.grad.abs().sum() > 0
