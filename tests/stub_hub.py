@@ -57,7 +57,7 @@ class Repository:
 class StubHub(ThreadingHTTPServer):
     """`with StubHub() as hub:` serves at `hub.url` from a thread until the block ends.
 
-    `cut_commit_after_bytes`: when set, the server hangs up on the next commit after it has read that many bytes, once.
+    `cut_commits_after_bytes`: for each of the next commits, after how many bytes the server hangs up on it.
     `requests` lists what was asked, as "METHOD path".
     """
 
@@ -68,7 +68,7 @@ class StubHub(ThreadingHTTPServer):
         self.token = token
         self.namespace = namespace
         self.repositories: dict[str, Repository] = {}
-        self.cut_commit_after_bytes: int | None = None
+        self.cut_commits_after_bytes: list[int] = []
         self.requests: list[str] = []
         self.lock = threading.Lock()
 
@@ -221,9 +221,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append(f"POST {url.path}")
         length = int(self.headers.get("Content-Length", 0))
         is_commit = re.fullmatch(r"/api/models/([^/]+)/([^/]+)/commit/([^/]+)", url.path)
-        if is_commit and self.server.cut_commit_after_bytes is not None:
-            self.rfile.read(min(length, self.server.cut_commit_after_bytes))
-            self.server.cut_commit_after_bytes = None
+        if is_commit and self.server.cut_commits_after_bytes:
+            self.rfile.read(min(length, self.server.cut_commits_after_bytes.pop(0)))
             self.close_connection = True
             self.connection.close()
             return

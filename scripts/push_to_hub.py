@@ -1,0 +1,87 @@
+"""Publish a model directory on the Hub: weights, configuration, image processor, code, card.
+
+    python scripts/push_to_hub.py outputs/demo/finetune_denoised/purified org/nim-digits --summary outputs/demo/summary.json
+
+The weights go up as safetensors, holding the model's parameters and nothing else. The configuration names the code files
+that go with them, so that `trust_remote_code=True` loads the model where this package is not installed. The card is the
+directory's README.md, or else one written from its configuration and, with --summary, from the results of
+`run_attack.py`. Everything arrives in one commit: an upload that is cut off leaves no part of it behind.
+
+Log in once with `hf auth login`, or set HF_TOKEN to a token with write access.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.constants import ENDPOINT
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from make_cards import card_of_directory
+from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
+
+import modeling_nim
+from modeling_nim.cli import run_main
+
+
+def load_for_publication(directory: Path) -> PreTrainedModel:
+    """The model of a directory, complete and of a class of this package; ValueError or FileNotFoundError otherwise."""
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"{directory} holds no config.json: pass a directory that save_pretrained wrote")
+    names = PreTrainedConfig.get_config_dict(directory)[0].get("architectures") or ["none"]
+    model_class = getattr(modeling_nim, names[0], None)
+    if model_class is None:
+        raise ValueError(
+            f"{directory} holds a {names[0]}, no model of this package: publish it with its own push_to_hub"
+        )
+    model, report = model_class.from_pretrained(directory, output_loading_info=True)
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[problem]:
+            raise ValueError(
+                f"{directory} does not fit its configuration, {problem.replace('_', ' ')}: {report[problem]}"
+            )
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, help="a directory that save_pretrained or one of the scripts wrote")
+    parser.add_argument("repo_id", help="namespace and name of the repository, such as org/nim-digits")
+    parser.add_argument("--summary", type=Path, help="summary.json of run_attack.py, whose numbers go into the card")
+    parser.add_argument(
+        "--update", action="store_true", help="publish a new version in a repository that exists already"
+    )
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--message", default="Upload model, code and card", help="the commit's message")
+    args = parser.parse_args()
+
+    model = load_for_publication(args.directory)
+    with tempfile.TemporaryDirectory() as staging:
+        if (args.directory / "preprocessor_config.json").is_file():
+            AutoImageProcessor.from_pretrained(args.directory).save_pretrained(staging)
+        model.save_pretrained(staging)
+        card = args.directory / "README.md"
+        if card.is_file() and args.summary is None:
+            text = card.read_text(encoding="utf-8")
+        else:
+            text = card_of_directory(args.directory, args.repo_id, args.summary)
+        (Path(staging) / "README.md").write_text(text, encoding="utf-8")
+
+        api = HfApi()
+        try:
+            # Without --update a name that is taken is an error, so that no one's model is overwritten by a slip.
+            url = api.create_repo(args.repo_id, private=args.private or None, exist_ok=args.update)
+            commit = api.upload_folder(repo_id=url.repo_id, folder_path=staging, commit_message=args.message)
+        except HfHubHTTPError:
+            raise  # the Hub has answered, and says what is wrong
+        except HTTPError as error:
+            raise OSError(
+                f"the connection to {ENDPOINT} broke off ({error}); nothing was published. Run the command again, with "
+                "--update if the repository exists by now"
+            ) from error
+        num_files = len(list(Path(staging).iterdir()))
+    print(f"{num_files} files published at {url}, commit {commit.oid[:8]}")
+
+
+if __name__ == "__main__":
+    run_main(main)
