@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from modeling_nim import (
+    NIMClassifierConfig,
     NIMForImageClassification,
     NIMForPreTraining,
     NIMPurifiedImageClassification,
@@ -16,6 +17,13 @@ from modeling_nim import (
 )
 from modeling_nim.configuration_nim import IMAGENET_MEAN, IMAGENET_STD
 from modeling_nim.modeling_nim_simmim import NIMSimMIMForImageClassification, NIMSimMIMForPreTraining
+from modeling_nim.training.optimization import (
+    OptimizationRecipe,
+    cosine_learning_rate,
+    learning_rate_at,
+    make_plan,
+    parameter_settings,
+)
 
 
 EXPECTED = load_file(reference.GOLDEN / "expected.safetensors")
@@ -111,3 +119,45 @@ def test_plain_reference_gives_the_golden_numbers():
     }
     for name, value in found.items():
         torch.testing.assert_close(value, EXPECTED[name], atol=1e-5, rtol=0)
+
+
+def test_layer_wise_learning_rates_and_weight_decay():
+    """Every parameter of the classifier, by the reference's name and ours; q, k and v share their fused name's."""
+    config = NIMClassifierConfig(
+        image_size=RECIPE["config"]["image_size"],
+        patch_size=RECIPE["config"]["patch_size"],
+        hidden_size=RECIPE["config"]["hidden_size"],
+        num_hidden_layers=RECIPE["config"]["num_hidden_layers"],
+        num_attention_heads=RECIPE["config"]["num_attention_heads"],
+        num_labels=RECIPE["config"]["num_labels"],
+    )
+    found = parameter_settings(NIMForImageClassification(config), weight_decay=0.05, layer_decay=0.75)
+    expected = {}
+    for reference_name, names in reference.load_script("convert_checkpoint").mae_layout(config).items():
+        entry = RECIPE["layer_decay_0.75"][reference_name]
+        expected |= dict.fromkeys(names, (entry["lr_scale"], entry["weight_decay"]))
+    assert found.keys() == expected.keys()
+    for parameter_name, settings in expected.items():
+        assert found[parameter_name] == pytest.approx(settings), parameter_name
+
+
+@pytest.mark.parametrize("name", ["pretrain_lr", "finetune_lr"])
+def test_learning_rate_schedules(name):
+    schedule = RECIPE[name]
+    for epoch, expected in schedule["at_epoch"].items():
+        found = cosine_learning_rate(
+            float(epoch), schedule["peak"], schedule["min"], schedule["warmup_epochs"], schedule["epochs"]
+        )
+        assert found == pytest.approx(expected, rel=1e-6, abs=1e-15), epoch
+    # and as the training loop asks for it, by optimiser step
+    recipe = OptimizationRecipe(
+        batch_size=4096,
+        base_learning_rate=schedule["peak"] / 16,
+        epochs=schedule["epochs"],
+        warmup_epochs=schedule["warmup_epochs"],
+        min_learning_rate=schedule["min"],
+    )
+    plan = make_plan(recipe, num_processes=1, num_images=20 * 4096)
+    for epoch, expected in schedule["at_epoch"].items():
+        found = learning_rate_at(round(float(epoch) * 20), recipe, plan)
+        assert found == pytest.approx(expected, rel=1e-6, abs=1e-15), epoch
