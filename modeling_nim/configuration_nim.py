@@ -97,6 +97,14 @@ class NIMConfig(ViTMAEConfig):
             )
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Also takes transformers' ViT-MAE configurations, which speak of a model that fills masks."""
+        config_dict, kwargs = super().get_config_dict(*args, **kwargs)
+        if config_dict.get("model_type") == ViTMAEConfig.model_type:
+            config_dict = {"degradation": "mask"} | config_dict | {"model_type": cls.model_type}
+        return config_dict, kwargs
+
 
 @strict
 class NIMClassifierConfig(PreTrainedConfig):
@@ -139,12 +147,14 @@ class NIMClassifierConfig(PreTrainedConfig):
     def get_config_dict(cls, *args, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
         """Also takes the configuration of a pre-trained model, to start fine-tuning: its decoder's fields are dropped."""
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
-        return as_classifier_dict(cls, config_dict, from_type="nim"), kwargs
+        return as_classifier_dict(cls, config_dict, from_types=("nim", ViTMAEConfig.model_type)), kwargs
 
 
-def as_classifier_dict(cls: type[PreTrainedConfig], config_dict: dict[str, Any], from_type: str) -> dict[str, Any]:
+def as_classifier_dict(
+    cls: type[PreTrainedConfig], config_dict: dict[str, Any], from_types: tuple[str, ...]
+) -> dict[str, Any]:
     """The classifier's share of a pre-trained model's configuration; any other configuration is returned as it is."""
-    if config_dict.get("model_type") != from_type:
+    if config_dict.get("model_type") not in from_types:
         return config_dict
     dropped = (*_PRETRAINING_ONLY, "architectures", "auto_map", "custom_pipelines")
     return {key: value for key, value in config_dict.items() if key not in dropped} | {"model_type": cls.model_type}
@@ -247,7 +257,7 @@ class NIMSimMIMClassifierConfig(BeitConfig):
     def get_config_dict(cls, *args, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
         """Also takes the configuration of a pre-trained model, to start fine-tuning."""
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
-        return as_classifier_dict(cls, config_dict, from_type="nim_simmim"), kwargs
+        return as_classifier_dict(cls, config_dict, from_types=("nim_simmim",)), kwargs
 
 
 @strict
