@@ -1,0 +1,1 @@
+"""Robustness: threat models, attacks, noise draws, statistics, certification, records and figures."""

@@ -1,0 +1,126 @@
+"""What figures need beyond numbers, stored beside the records so that drawing needs no model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from modeling_nim.data import ImageSource, evaluation_batch
+from modeling_nim.noise_nim import normalize
+
+from .draws import PICTURE, RECONSTRUCTION, stream_seed
+from .evaluation import attack_images
+from .protocols import Job, PicturesRecipe, ReconstructionRecipe
+from .records import write_json
+from .targets import PurifiedTarget, Target
+
+
+def store_pictures(
+    directory: str | os.PathLike,
+    recipe: PicturesRecipe,
+    targets: Sequence[Target],
+    jobs: Sequence[Job],
+    load_batch: Callable[[int, range], tuple[torch.Tensor, torch.Tensor, list[str]]],
+    num_draws: int,
+    micro_batch: int,
+) -> None:
+    """Attacks the first images once more and stores every stage: `pictures.json` lists them, `pictures.safetensors` has
+    the pixels, float32 in [0, 1] units (degraded images lie outside of it).
+
+    Predictions and confidences belong to the very draw that is shown.
+    """
+    entries: list[dict[str, Any]] = []
+    pixels: dict[str, torch.Tensor] = {}
+    for index, target in enumerate(targets):
+        if recipe.models is not None and target.name not in recipe.models:
+            continue
+        chosen = [
+            job
+            for job in jobs
+            if job.target == index
+            and job.label == recipe.attack
+            and job.epsilon_255 == recipe.epsilon_255
+            and job.threat_model == "white_box"
+        ]
+        if not chosen:
+            continue
+        job = chosen[0]
+        images_01, labels, image_ids = load_batch(index, range(min(recipe.num_images, job.num_images)))
+        attacked = attack_images(job, targets, images_01, labels, image_ids, num_draws, micro_batch)
+        for kind, batch in (("clean", images_01), ("attacked", attacked.adversarial_01)):
+            seeds = [stream_seed(job.seed, image_id, PICTURE) for image_id in image_ids]
+            stages = {"input": batch}
+            if isinstance(target, PurifiedTarget) and not target.without_purifier:
+                stages["degraded"], stages["purified"], logits = target.stages(batch, seeds)
+            else:
+                with torch.no_grad():
+                    logits = target.logits(batch, target.draw(seeds))
+            confidence, prediction = logits.softmax(dim=-1).max(dim=-1)
+            for row, image_id in enumerate(image_ids):
+                entry = {
+                    "model": target.name,
+                    "sigma": target.sigma,
+                    "image_id": image_id,
+                    "label": int(labels[row]),
+                    "kind": kind,
+                    "attack": None if kind == "clean" else job.label,
+                    "epsilon_255": 0.0 if kind == "clean" else job.epsilon_255,
+                    "prediction": int(prediction[row]),
+                    "confidence": float(confidence[row]),
+                    "stages": {},
+                }
+                for stage, images in stages.items():
+                    key = f"{len(entries):05d}/{stage}"
+                    pixels[key] = images[row].detach().float().cpu().contiguous()
+                    entry["stages"][stage] = key
+                entries.append(entry)
+    if not entries:
+        raise ValueError(
+            f"pictures: no model meets the white-box attack {recipe.attack!r} at epsilon {recipe.epsilon_255:g}/255; "
+            f"the run has {sorted({job.label for job in jobs})}"
+        )
+    directory = Path(directory)
+    save_file(pixels, directory / "pictures.safetensors.part")
+    os.replace(directory / "pictures.safetensors.part", directory / "pictures.safetensors")
+    write_json(directory / "pictures.json", entries)
+
+
+def load_pictures(directory: str | os.PathLike) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """Entries and pixels as `store_pictures` wrote them."""
+    directory = Path(directory)
+    if not (directory / "pictures.json").exists():
+        raise FileNotFoundError(f"{str(directory)!r} has no pictures.json: run the attack with a 'pictures' section")
+    return json.loads((directory / "pictures.json").read_text()), load_file(directory / "pictures.safetensors")
+
+
+@torch.no_grad()
+def reconstruction_records(
+    recipe: ReconstructionRecipe, purifiers: dict[str, tuple[nn.Module, Any]], source: ImageSource, order: Sequence[int]
+) -> list[dict[str, Any]]:
+    """The purifiers' own pre-training loss at each sigma, one record per purifier, sigma and image (Figures 3 and 6).
+
+    Image by image, because the loss that a model returns is the mean over its batch; with the same epsilon at every sigma.
+    """
+    records = []
+    indices = order[: recipe.num_images]
+    image_ids = [source.image_id(index) for index in indices]
+    for name, (purifier, processor) in purifiers.items():
+        config = purifier.config
+        if config.degradation != "noise":
+            raise ValueError(f"reconstruction: {name!r} hides patches instead of adding noise; leave it out")
+        device = next(purifier.parameters()).device
+        images_01 = evaluation_batch(source, indices, processor).to(device)
+        pixel_values = normalize(images_01, config.image_mean, config.image_std)
+        for sigma in recipe.sigmas_255:
+            for row, image_id in enumerate(image_ids):
+                generator = torch.Generator(device).manual_seed(stream_seed(0, image_id, RECONSTRUCTION))
+                loss = purifier(pixel_values[row : row + 1], sigma=sigma, generator=generator).loss
+                records.append({"model": name, "sigma_255": sigma, "image_id": image_id, "loss": float(loss)})
+    return records

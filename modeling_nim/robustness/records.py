@@ -1,0 +1,180 @@
+"""Records on disk: one JSON line per image, attack and seed, written as they come and continued after a kill.
+
+A run is a fixed list of units (one batch of one job), each with a known number of lines. Processes take the units of a
+round side by side, the main process writes them in order. So the file is the same whether one process made it or several,
+in one go or in many.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One batch of one job."""
+
+    job: int
+    start: int  # images start .. stop of the evaluation order
+    stop: int
+
+    @property
+    def num_lines(self) -> int:
+        return self.stop - self.start
+
+
+def plan_units(images_per_job: Sequence[int], batch_size: int) -> list[Unit]:
+    """The units of all jobs; a batch holds the same images whatever else happens."""
+    return [
+        Unit(job, start, min(start + batch_size, images))
+        for job, images in enumerate(images_per_job)
+        for start in range(0, images, batch_size)
+    ]
+
+
+class RecordFile:
+    """`DIR/records.jsonl` and its clock `DIR/seconds.jsonl`, both one write per unit, and `DIR/run.json`, the settings.
+
+    `settings` is everything the records depend on. A directory that was made with other settings is refused.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike, settings: dict[str, Any], units: list[Unit], accelerator: Accelerator
+    ):
+        self.directory = Path(directory)
+        self.path, self.clock_path = self.directory / "records.jsonl", self.directory / "seconds.jsonl"
+        self.units, self.accelerator = units, accelerator
+        self.done = self._on_main(lambda: self._open(settings))
+
+    def _on_main(self, function):
+        """`function()` of the main process, its error included, in every process."""
+        answer: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                answer[0] = function()
+            except (ValueError, OSError) as error:
+                answer[1] = str(error)
+        broadcast_object_list(answer)
+        if answer[1] is not None:
+            raise ValueError(answer[1])
+        return answer[0]
+
+    def _open(self, settings: dict[str, Any]) -> int:
+        """Number of complete units; what an interrupted write left behind is cut off."""
+        run_file = self.directory / "run.json"
+        settings = json.loads(json.dumps(settings))
+        if run_file.exists():
+            stored = json.loads(run_file.read_text())
+            different = sorted(key for key in settings | stored if settings.get(key) != stored.get(key))
+            if different:
+                raise ValueError(
+                    f"{self.directory} holds records made with another {', '.join(different)}: choose another output_dir, "
+                    "or delete it to start again"
+                )
+        elif self.path.exists():
+            raise ValueError(f"{self.path} exists without a run.json: choose another output_dir, or delete it")
+        else:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_json(run_file, settings)
+        if not self.path.exists():
+            return 0
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b"\n"):
+            lines.pop()
+        done, kept = 0, 0
+        while done < len(self.units) and kept + self.units[done].num_lines <= len(lines):
+            kept += self.units[done].num_lines
+            done += 1
+        _rewrite(self.path, b"".join(lines[:kept]))
+        if self.clock_path.exists():
+            clock = self.clock_path.read_bytes().splitlines(keepends=True)
+            _rewrite(self.clock_path, b"".join(line for line in clock[:done] if line.endswith(b"\n")))
+        return done
+
+    def rounds(self) -> Iterator[Unit | None]:
+        """This process's unit of every round that is left; None where a last round has fewer units than processes."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        for start in range(self.done, len(self.units), world):
+            yield self.units[start + rank] if start + rank < len(self.units) else None
+
+    def append(self, unit: Unit | None, records: list[dict[str, Any]], seconds: float) -> list[dict[str, Any]]:
+        """Writes what all processes bring from this round, in order; returns all of it, in every process."""
+        if unit is not None and len(records) != unit.num_lines:
+            raise ValueError(f"{len(records)} records for a unit of {unit.num_lines} images")
+        gathered = [(unit, records, seconds)]
+        if self.accelerator.num_processes > 1:
+            gathered = gather_object(gathered)
+        gathered = [piece for piece in gathered if piece[0] is not None]
+        if self.accelerator.is_main_process:
+            lines = "".join(json.dumps(record) + "\n" for _, unit_records, _ in gathered for record in unit_records)
+            clock = "".join(
+                json.dumps({"job": piece[0].job, "seconds": round(piece[2], 3)}) + "\n" for piece in gathered
+            )
+            for path, text in ((self.path, lines), (self.clock_path, clock)):
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+        return [record for _, unit_records, _ in gathered for record in unit_records]
+
+    def read(self) -> list[dict[str, Any]]:
+        """The records so far, in every process."""
+        return self._on_main(lambda: read_jsonl(self.path) if self.path.exists() else [])
+
+    def seconds_per_job(self, num_jobs: int) -> list[float]:
+        """Process-seconds that each job took."""
+        seconds = [0.0] * num_jobs
+        for line in read_jsonl(self.clock_path) if self.clock_path.exists() else []:
+            seconds[line["job"]] += line["seconds"]
+        return seconds
+
+
+def run_settings(recipe: Any, **parts: Any) -> dict[str, Any]:
+    """Everything that records depend on: the recipe without its output directory, `parts`, and the versions in use."""
+    settings = dataclasses.asdict(recipe)
+    settings.pop("output_dir")
+    packages = ("torch", "transformers", "accelerate", "numpy", "torchattacks", "Pillow")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {"recipe": settings, **parts, "versions": versions}
+
+
+def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of a JSON-lines file; FileNotFoundError names the file and the remedy."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(
+            f"there are no records {str(path)!r}; make them with scripts/run_attack.py or run_certify.py"
+        )
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Writes a file in one piece or not at all."""
+    _rewrite(Path(path), (json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_jsonl(path: str | os.PathLike, records: Sequence[dict[str, Any]]) -> None:
+    """Writes a JSON-lines file in one piece or not at all."""
+    _rewrite(Path(path), "".join(json.dumps(record) + "\n" for record in records).encode())
+
+
+def _rewrite(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

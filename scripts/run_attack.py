@@ -1,0 +1,133 @@
+"""Attacks models and says what is left of their accuracy: records, a summary with intervals, and alarms.
+
+    accelerate launch scripts/run_attack.py scripts/recipes/digits/attack.yaml
+    accelerate launch scripts/run_attack.py scripts/recipes/digits/attack_standard.yaml num_images=32
+
+Several GPUs: `accelerate launch --num_processes N` splits the images; on CPUs, `ACCELERATE_USE_CPU=true torchrun
+--nproc_per_node N`. A run that was stopped continues where it was when it is started again.
+
+`output_dir` receives `run.json` (settings, hashes, versions), `records.jsonl` (one line per image, attack and seed),
+`seconds.jsonl`, `summary.json`, and with the sections `pictures` and `reconstruction` what `make_figures.py` draws.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from modeling_nim.cli import run_main
+from modeling_nim.data import evaluation_batch, load_source
+from modeling_nim.robustness.draws import evaluation_order
+from modeling_nim.robustness.evaluation import attack_images, cost_table, measure_speed, score_batch
+from modeling_nim.robustness.pictures import reconstruction_records, store_pictures
+from modeling_nim.robustness.protocols import AttackRunRecipe, plan_jobs, resolve
+from modeling_nim.robustness.records import RecordFile, plan_units, read_jsonl, run_settings, write_json, write_jsonl
+from modeling_nim.robustness.summary import model_key, summarise, table
+from modeling_nim.robustness.targets import load_purifier, load_targets, model_hash
+from modeling_nim.training.recipe import load_recipe
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="a YAML file, e.g. scripts/recipes/digits/attack.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_args(argv)
+    recipe = load_recipe(arguments.recipe, AttackRunRecipe, arguments.overrides)
+    accelerator = Accelerator()
+    device = accelerator.device
+
+    source = load_source(recipe.data, recipe.split)
+    targets, processors = load_targets(recipe.models, device, default_sigmas=resolve(recipe).sigmas)
+    undefended = [target.name for target in targets if target.sigma is None]
+    plan = resolve(recipe, undefended)
+    jobs = plan_jobs(plan, targets, len(source))
+    order = evaluation_order([source.image_id(index) for index in range(len(source))])
+
+    def load_batch(target: int, positions: range) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+        indices = [order[position] for position in positions]
+        images_01 = evaluation_batch(source, indices, processors[target]).to(device)  # (B, 3, H, W)
+        labels = torch.tensor([source.stored(index)[1] for index in indices], device=device)
+        return images_01, labels, [source.image_id(index) for index in indices]
+
+    models, speeds = {}, []
+    for index, target in enumerate(targets):
+        images_01 = load_batch(index, range(min(16, len(source))))[0]
+        models[model_key(target.name, target.sigma)] = {
+            "hash": model_hash(target.model),
+            "repeatable": target.repeats_itself(images_01),
+        }
+        speeds.append(measure_speed(target, images_01, recipe.micro_batch))
+    if jobs:
+        accelerator.print(cost_table(jobs, targets, speeds, plan.num_draws, accelerator.num_processes))
+
+    settings = run_settings(recipe, models=models, data=source.fingerprint, device=str(device))
+    units = plan_units([job.num_images for job in jobs], recipe.batch_size)
+    records = RecordFile(recipe.output_dir, settings, units, accelerator)
+    # no-attack predictions on the evaluation draws, by (target, seed), that attacked images are compared with
+    controls: dict[tuple[int, int], dict[str, list[int]]] = {}
+    position_of = {(target.name, target.sigma): index for index, target in enumerate(targets)}
+
+    def remember_controls(lines: list[dict]) -> None:
+        for line in lines:
+            if line["attack"] == "none":
+                key = (position_of[line["model"], line["sigma"]], line["seed"])
+                controls.setdefault(key, {})[line["image_id"]] = line["predictions"]
+
+    remember_controls(records.read())
+    progress = tqdm(total=sum(unit.num_lines for unit in units), unit="image", disable=not accelerator.is_main_process)
+    progress.update(sum(unit.num_lines for unit in units[: records.done]))
+    for unit in records.rounds():
+        start = time.perf_counter()
+        lines = []
+        if unit is not None:
+            job = jobs[unit.job]
+            images_01, labels, image_ids = load_batch(job.target, range(unit.start, unit.stop))
+            attacked = attack_images(job, targets, images_01, labels, image_ids, plan.num_draws, recipe.micro_batch)
+            clean = controls.get((job.target, job.seed), {})
+            lines = score_batch(
+                job, targets, attacked, images_01, labels, image_ids, clean, plan.num_draws, recipe.micro_batch
+            )
+            progress.set_postfix_str(
+                f"{targets[job.target].name} {job.label} {job.threat_model} {job.epsilon_255:g}/255"
+            )
+        written = records.append(unit, lines, time.perf_counter() - start)
+        remember_controls(written)
+        progress.update(len(written))
+    progress.close()
+
+    if accelerator.is_main_process:
+        output_dir = Path(recipe.output_dir)
+        attacks, seconds = {}, {}
+        for job, spent in zip(jobs, records.seconds_per_job(len(jobs)), strict=True):
+            target = targets[job.target]
+            group = (target.name, target.sigma, job.label, job.threat_model, job.epsilon_255)
+            seconds[group] = seconds.get(group, 0.0) + spent
+            if job.attack is not None:
+                attacks[group] = {"kind": job.attack.kind} | job.attack.settings(job.epsilon_255)
+        if recipe.pictures is not None:
+            store_pictures(output_dir, recipe.pictures, targets, jobs, load_batch, plan.num_draws, recipe.micro_batch)
+        if recipe.reconstruction is not None:
+            purifiers = {name: load_purifier(path, device) for name, path in recipe.reconstruction.purifiers.items()}
+            write_jsonl(
+                output_dir / "reconstruction.jsonl",
+                reconstruction_records(recipe.reconstruction, purifiers, source, order),
+            )
+        if jobs:
+            summary = summarise(read_jsonl(records.path), attacks, models, seconds)
+            provenance = settings | {"attacks": [asdict(attack) for attack in plan.attacks], "seeds": plan.seeds}
+            provenance |= {"num_draws": plan.num_draws, "num_processes": accelerator.num_processes}
+            write_json(output_dir / "summary.json", summary | {"provenance": provenance})
+            print(table(summary["rows"]))
+            for alarm in summary["alarms"]:
+                print(f"ALARM {alarm['alarm']} [{alarm['where']}]: {alarm['message']}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_main(main)

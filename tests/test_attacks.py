@@ -1,0 +1,391 @@
+"""Attacks against models whose robust accuracy is known."""
+
+import random
+
+import numpy as np
+import pytest
+import reference
+import torch
+import torchattacks
+from robustness_targets import LinearTarget, LuckyTarget, NoisyTarget, QuietTarget, RoundingTarget, images, names
+
+from modeling_nim import NIMPurifiedImageClassification
+from modeling_nim.robustness import attacks
+from modeling_nim.robustness.attacks import (
+    Oracle,
+    choose_worst,
+    cross_entropy_loss,
+    decide,
+    dlr_loss,
+    margin_loss,
+    target_forward,
+)
+from modeling_nim.robustness.draws import EVALUATE, evaluation_order, stream_seed
+from modeling_nim.robustness.evaluation import attack_images, score_batch
+from modeling_nim.robustness.protocols import AttackRecipe, Job, ModelRecipe
+from modeling_nim.robustness.targets import ClassifierTarget, PurifiedTarget
+
+
+ALL_ATTACKS = [
+    AttackRecipe("fgsm"),
+    AttackRecipe("pgd", steps=4, eot_samples=2, restarts=2),
+    AttackRecipe("pgd", norm="l2", steps=4),
+    AttackRecipe("pgd", steps=3, targeted=True),
+    AttackRecipe("pgd", threat_models=["white_box_known_draw"], steps=3),
+    AttackRecipe("pgd", threat_models=["gray_box"], steps=3),
+    AttackRecipe("patch_mean", steps=3, patch_size=4),
+    AttackRecipe("apgd_ce", steps=5),
+    AttackRecipe("apgd_dlr", steps=5, norm="l2"),
+    AttackRecipe("autoattack_rand", steps=4, eot_samples=2),
+    AttackRecipe("features", steps=3),
+    AttackRecipe("square", queries=20, eot_samples=2),
+    AttackRecipe("torchattacks", torchattacks_class="PGD", steps=3),
+    AttackRecipe("torchattacks", torchattacks_class="Square", queries=10, arguments={"n_restarts": 1}),
+]
+ids = [f"{recipe.label} {recipe.threat_models[0]}" for recipe in ALL_ATTACKS]
+
+
+def attack_and_score(target, recipe, images_01, labels, epsilon_255, num_draws=1, micro_batch=64, seed=0, threat=None):
+    """Records and adversarial images of one batch, with the control's predictions beside them."""
+    image_ids = names(len(images_01))
+    control_job = Job(0, None, "clean", 0.0, seed, len(images_01))
+    control = attack_images(control_job, [target], images_01, labels, image_ids, num_draws, micro_batch)
+    control = score_batch(control_job, [target], control, images_01, labels, image_ids, {}, num_draws, micro_batch)
+    clean = {record["image_id"]: record["predictions"] for record in control}
+    job = Job(0, recipe, threat or recipe.threat_models[0], epsilon_255, seed, len(images_01))
+    attacked = attack_images(job, [target], images_01, labels, image_ids, num_draws, micro_batch)
+    records = score_batch(job, [target], attacked, images_01, labels, image_ids, clean, num_draws, micro_batch)
+    return records, attacked
+
+
+def accuracy(records):
+    return np.mean([np.mean([p == record["label"] for p in record["predictions"]]) for record in records])
+
+
+def control_accuracy(records):
+    return np.mean([np.mean([p == record["label"] for p in record["clean_predictions"]]) for record in records])
+
+
+@pytest.mark.parametrize("recipe", ALL_ATTACKS, ids=ids)
+def test_a_model_that_ignores_its_input_keeps_its_accuracy(recipe):
+    records, attacked = attack_and_score(
+        LuckyTarget(), recipe, images(64), torch.zeros(64, dtype=torch.long), 8, num_draws=10
+    )
+    assert accuracy(records) == control_accuracy(records)  # the same draws, and nothing else matters
+    if recipe.threat_models[0] != "white_box_known_draw":
+        assert abs(accuracy(records) - 0.9) < 4 * (0.9 * 0.1 / 640) ** 0.5
+    if recipe.attack == "square":  # one lucky draw ends nothing
+        assert attacked.queries == [20] * 64
+
+
+@pytest.mark.parametrize("recipe", ALL_ATTACKS, ids=ids)
+def test_every_attack_stays_in_its_ball_and_in_the_image_range(recipe):
+    target = NoisyTarget()
+    records, attacked = attack_and_score(target, recipe, images(8), torch.arange(8) % 4, 16)
+    key = "l2_255" if recipe.norm == "l2" else "linf_255"
+    assert max(record[key] for record in records) <= 16 + 1e-4
+    assert max(record[key] for record in records) > 4  # and it does use its budget
+    assert attacked.adversarial_01.min() >= 0 and attacked.adversarial_01.max() <= 1
+    perturbation = (attacked.adversarial_01 - images(8)).flatten(1) * 255
+    for index, record in enumerate(records):
+        assert record["linf_255"] == pytest.approx(float(perturbation[index].abs().max()), abs=1e-3)
+        assert record["l2_255"] == pytest.approx(float(perturbation[index].norm()), abs=1e-2)
+
+
+@pytest.mark.parametrize("recipe", ALL_ATTACKS, ids=ids)
+def test_without_a_budget_the_accuracy_is_the_clean_one(recipe):
+    records, attacked = attack_and_score(NoisyTarget(), recipe, images(8), torch.arange(8) % 4, 0.0, num_draws=5)
+    assert [record["predictions"] for record in records] == [record["clean_predictions"] for record in records]
+    assert torch.equal(attacked.adversarial_01, images(8))
+
+
+@pytest.mark.parametrize("recipe", ALL_ATTACKS, ids=ids)
+def test_the_global_generators_are_left_as_they_were(recipe):
+    def state():
+        return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+
+    before = state()
+    attack_and_score(NoisyTarget(), recipe, images(4), torch.arange(4), 8)
+    assert state() == before
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in ALL_ATTACKS if recipe.attack != "torchattacks"], ids=ids[:-2])
+def test_results_do_not_depend_on_batch_or_micro_batch(recipe):
+    target, labels = NoisyTarget(), torch.arange(6) % 4
+    whole, attacked = attack_and_score(target, recipe, images(6), labels, 8, num_draws=3)
+    _, small = attack_and_score(target, recipe, images(6), labels, 8, num_draws=3, micro_batch=1)
+    torch.testing.assert_close(small.adversarial_01, attacked.adversarial_01, atol=1e-6, rtol=0)
+    job = Job(0, recipe, recipe.threat_models[0], 8.0, 0, 6)
+    alone = attack_images(job, [target], images(6)[4:], labels[4:], names(6)[4:], 3, 64)
+    torch.testing.assert_close(alone.adversarial_01, attacked.adversarial_01[4:], atol=1e-6, rtol=0)
+
+
+LINEAR_ATTACKS = [
+    AttackRecipe("fgsm"),
+    AttackRecipe("pgd", steps=10),
+    AttackRecipe("apgd_ce", steps=20),
+    AttackRecipe("torchattacks", torchattacks_class="FGSM"),
+]
+
+
+@pytest.mark.parametrize("recipe", LINEAR_ATTACKS, ids=[recipe.label for recipe in LINEAR_ATTACKS])
+def test_a_linear_model_loses_exactly_what_its_closed_form_says(recipe):
+    target, x = LinearTarget(), images(200, 0.3, 0.7)  # far enough from 0 and 1 for the ball to fit
+    labels = (target.margin(x) > 0).long()
+    epsilon_255 = 2.0
+    closed_form = target.margin(x).abs() > epsilon_255 / 255 * target.weight.abs().sum()
+    records, _ = attack_and_score(target, recipe, x, labels, epsilon_255)
+    assert [record["predictions"][0] == record["label"] for record in records] == closed_form.tolist()
+    assert 0.1 < closed_form.float().mean() < 0.9
+
+
+def test_a_linear_model_under_l2():
+    target, x = LinearTarget(), images(200, 0.3, 0.7)
+    labels = (target.margin(x) > 0).long()
+    closed_form = target.margin(x).abs() > 40 / 255 * target.weight.norm()
+    for recipe in (AttackRecipe("pgd", norm="l2", steps=20), AttackRecipe("apgd_ce", norm="l2", steps=20)):
+        records, _ = attack_and_score(target, recipe, x, labels, 40.0)
+        assert [record["predictions"][0] == record["label"] for record in records] == closed_form.tolist()
+    assert 0.1 < closed_form.float().mean() < 0.9
+
+
+def test_pgd_agrees_with_torchattacks(classifier):
+    target = ClassifierTarget("tiny", classifier, [0.5] * 3, [0.5] * 3)
+    images_01, labels = torch.rand(6, 3, 16, 16), torch.arange(6) % 5
+    model = torch.nn.Sequential()
+    model.forward = lambda x: target.logits(x, {})
+    model.register_parameter("anchor", torch.nn.Parameter(torch.zeros(())))
+    theirs = torchattacks.PGD(model, eps=8 / 255, alpha=2 / 255, steps=10, random_start=True)
+    torch.manual_seed(5)
+    start = (images_01 + torch.empty_like(images_01).uniform_(-8 / 255, 8 / 255)).clamp(0, 1)
+    torch.manual_seed(5)
+    expected = theirs(images_01, labels)
+    oracle = Oracle(target_forward(target), labels, names(6), seed=0)
+    ours = attacks.pgd(oracle, images_01, 8 / 255, 2 / 255, 10, start_01=start)
+    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
+    assert (ours - start).abs().max() > 4 / 255
+
+
+def test_losses_by_hand():
+    logits = torch.tensor([[3.0, 1.0, 0.0, -1.0], [0.0, 2.0, 1.5, -2.0]])
+    labels = torch.tensor([0, 2])
+    assert margin_loss(logits, labels).tolist() == [-2.0, 0.5]
+    # -(z_y - best other) / (z_1 - z_3)
+    assert dlr_loss(logits, labels).tolist() == pytest.approx([-2 / 3, 0.5 / 2])
+    assert dlr_loss(10 * logits, labels).tolist() == pytest.approx([-2 / 3, 0.5 / 2])
+    assert cross_entropy_loss(logits, labels)[0] == pytest.approx(float(-logits[0].log_softmax(0)[0]))
+    with pytest.raises(ValueError, match="at least 3 classes"):
+        dlr_loss(logits[:, :2], labels.clamp_max(1))
+
+
+def test_apgd_checkpoints_are_the_papers():
+    assert sorted(attacks._apgd_checkpoints(100))[:8] == [22, 41, 57, 70, 80, 87, 93, 99]
+
+
+def test_apgd_is_no_weaker_than_pgd():
+    target, x, labels = QuietTarget(), images(40), torch.zeros(40, dtype=torch.long)
+    oracles = [Oracle(target_forward(target), labels, names(40), seed=0) for _ in range(2)]
+    adversarial = {
+        "pgd": attacks.pgd(oracles[0], x, 4 / 255, 1 / 255, 20),
+        "apgd": attacks.apgd(oracles[1], x, 4 / 255, 20),
+    }
+    losses = {name: cross_entropy_loss(target.logits(batch, {}), labels) for name, batch in adversarial.items()}
+    assert losses["apgd"].mean() >= losses["pgd"].mean() - 1e-3
+    assert losses["apgd"].mean() > cross_entropy_loss(target.logits(x, {}), labels).mean() + 0.1
+
+
+def test_square_lowers_the_margin_within_its_budget():
+    target, x = QuietTarget(), images(20)
+    labels = target.logits(x, {}).argmax(1)
+    oracle = Oracle(target_forward(target), labels, names(20), seed=0, row_loss=margin_loss)
+    adversarial = attacks.square(oracle, x, 8 / 255, queries=200, stop_when_wrong=True)
+    before, after = (margin_loss(target.logits(batch, {}), labels) for batch in (x, adversarial))
+    assert (after > before).all() and (after > 0).any()
+    assert oracle.queries.max() <= 200
+    assert oracle.queries[after > 0].max() < 200  # a deterministic model needs no query after its first mistake
+    inside = (x > 8 / 255) & (x < 1 - 8 / 255)
+    torch.testing.assert_close((adversarial - x).abs()[inside], torch.full_like(x, 8 / 255)[inside])
+
+
+def test_square_averages_over_draws_and_never_stops_early():
+    target, x = NoisyTarget(), images(5)
+    oracle = Oracle(target_forward(target), torch.arange(5) % 4, names(5), seed=0, eot_samples=4, row_loss=margin_loss)
+    attacks.square(oracle, x, 16 / 255, queries=43)
+    assert oracle.queries.tolist() == [40] * 5  # ten averages of four
+
+
+def test_patch_mean_is_constant_over_patches_and_its_gradient_is_the_mean():
+    x, target = images(3, 0.3, 0.7), NoisyTarget()
+    oracle = Oracle(target_forward(target), torch.arange(3), names(3), seed=0, eot_samples=3)
+    perturbation = attacks.pgd(oracle, x, 8 / 255, 2 / 255, 5, patch_size=4) - x
+    patches = perturbation.unfold(2, 4, 4).unfold(3, 4, 4).flatten(4)  # (B, C, 2, 2, 16)
+    torch.testing.assert_close(patches, patches[..., :1].expand_as(patches), atol=1e-6, rtol=0)
+    assert perturbation.abs().amax(dim=(1, 2, 3)).allclose(torch.tensor(8 / 255), atol=1e-6)
+    with pytest.raises(ValueError, match="do not tile"):
+        attacks.average_over_patches(x, 3)
+
+
+def test_targeted_attacks_reach_the_likeliest_wrong_class():
+    target, x = QuietTarget(), images(20)
+    logits = target.logits(x, {})
+    labels = logits.argmax(1)
+    runner_up = logits.topk(2).indices[:, 1]
+    records, _ = attack_and_score(target, AttackRecipe("pgd", steps=20, targeted=True), x, labels, 32)
+    assert [record["predictions"][0] for record in records] == runner_up.tolist()
+
+
+def test_the_gradient_is_the_exact_mean_over_the_named_draws():
+    target, x, labels = NoisyTarget(), images(3), torch.arange(3)
+    for micro_batch in (1, 4, 7, 100):
+        oracle = Oracle(target_forward(target), labels, names(3), seed=0, eot_samples=5, micro_batch=micro_batch)
+        seeds = [oracle.seeds(image, range(5)) for image in range(3)]
+        loss, gradient = oracle.gradient(x)
+        for image in range(3):
+            leaf = x[image : image + 1].clone().requires_grad_()
+            rows = [
+                cross_entropy_loss(target.logits(leaf, target.draw([seed])), labels[image : image + 1])
+                for seed in seeds[image]
+            ]
+            mean = torch.stack(rows).mean()
+            assert float(loss[image]) == pytest.approx(mean.item(), abs=1e-6)
+            torch.testing.assert_close(gradient[image], torch.autograd.grad(mean, leaf)[0][0], atol=1e-6, rtol=1e-4)
+        assert oracle.seeds(0, range(5)) != seeds[0]  # the next question meets fresh noise
+
+
+def test_a_model_without_a_graph_has_gradient_zero():
+    oracle = Oracle(lambda x, seeds: torch.ones(len(x), 4), torch.arange(3), names(3), seed=0)
+    loss, gradient = oracle.gradient(images(3))
+    assert loss.tolist() == pytest.approx([np.log(4)] * 3) and not gradient.any()
+    assert oracle.zero_gradients.tolist() == [1, 1, 1]
+
+
+def test_known_draw_is_the_scored_one():
+    target, x = NoisyTarget(), images(2)
+    oracle = Oracle(target_forward(target), torch.arange(2), names(2), seed=4, known_draw=True)
+    for _ in range(2):
+        assert oracle.seeds(1, range(1)) == [stream_seed(4, "image/1", EVALUATE, 0)]
+        oracle.gradient(x)
+    records, attacked = attack_and_score(
+        target, AttackRecipe("pgd", threat_models=["white_box_known_draw"]), x, torch.arange(2), 8, num_draws=10, seed=4
+    )
+    shown = target.logits(
+        attacked.adversarial_01, target.draw([stream_seed(4, f"image/{i}", EVALUATE, 0) for i in range(2)])
+    )
+    assert [record["predictions"] for record in records] == shown.argmax(1)[:, None].tolist()
+
+
+def test_knowing_the_draw_is_worth_more_than_not_knowing_it():
+    target, x = NoisyTarget(), images(100)
+    clean = decide(target_forward(target), x, names(100), 9, EVALUATE, 50, 256).argmax(-1)
+    labels = clean.mode(dim=1).values
+    left = {}
+    for threat in ("white_box", "white_box_known_draw"):
+        recipe = AttackRecipe("pgd", threat_models=[threat], steps=20)
+        left[threat] = accuracy(attack_and_score(target, recipe, x, labels, 3, num_draws=10)[0])
+    assert left["white_box_known_draw"] < left["white_box"]
+
+
+def test_images_that_are_wrong_anyway_are_not_attacked():
+    target, x = QuietTarget(), images(30)
+    labels = torch.zeros(30, dtype=torch.long)
+    wrong = target.logits(x, {}).argmax(1) != 0
+    records, attacked = attack_and_score(target, AttackRecipe("pgd", steps=10), x, labels, 8)
+    assert attacked.skipped == wrong.tolist() and 0 < sum(attacked.skipped) < 30
+    assert [record["queries"] for record in records] == [0 if skipped else 10 for skipped in attacked.skipped]
+    assert torch.equal(attacked.adversarial_01[wrong], x[wrong])
+    everything, _ = attack_and_score(target, AttackRecipe("pgd", steps=10, skip_misclassified=False), x, labels, 8)
+    assert min(record["queries"] for record in everything) == 10
+    assert accuracy(everything) == accuracy(records)
+
+
+def test_the_worse_restart_is_chosen_per_image_on_selection_draws():
+    target = LinearTarget()
+    x = images(10, 0.3, 0.7)
+    labels = (target.margin(x) > 0).long()
+    direction = torch.where(labels == 1, -1.0, 1.0).view(-1, 1, 1, 1) * target.weight.sign()
+    weak, strong = (x + 0.001 * direction).clamp(0, 1), (x + 0.2 * direction).clamp(0, 1)
+    mixed = [torch.cat([strong[:5], weak[5:]]), torch.cat([weak[:5], strong[5:]])]
+    oracle = Oracle(target_forward(target), labels, names(10), seed=0)
+    assert torch.equal(choose_worst(oracle, target_forward(target), mixed, labels, 1), strong)
+
+
+def test_rounding_hides_gradients_from_the_white_box_attack_alone():
+    target, x = RoundingTarget(), images(60, 0.3, 0.7)
+    labels = (target.margin(x) > 0).long()
+    white, _ = attack_and_score(target, AttackRecipe("pgd", skip_misclassified=False), x, labels, 8)
+    gray, _ = attack_and_score(target, AttackRecipe("pgd", threat_models=["gray_box"]), x, labels, 8)
+    assert all(record["zero_gradients"] == 10 for record in white)
+    assert accuracy(gray) < 0.5 < accuracy(white)
+
+
+def test_a_purified_target_draws_what_the_model_draws(purifier, classifier):
+    model = NIMPurifiedImageClassification.from_parts(purifier, classifier, sigma=30)
+    images_01, seeds = torch.rand(3, 3, 16, 16), [5, 2**62, 7]
+    for sigma, votes in ((30, 1), (30, 3), ("uniform(0, 60)", 2)):
+        target = PurifiedTarget("p", model, sigma=sigma, num_votes=votes)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        pixel_values = (images_01 - torch.tensor(model.config.image_mean).view(3, 1, 1)) / torch.tensor(
+            model.config.image_std
+        ).view(3, 1, 1)
+        expected = model(pixel_values, sigma=sigma, num_votes=votes, generator=generators).logits
+        torch.testing.assert_close(target.logits(images_01, target.draw(seeds)), expected, atol=1e-6, rtol=0)
+    degraded, purified, logits = PurifiedTarget("p", model, sigma=30).stages(images_01, seeds)
+    target = PurifiedTarget("p", model, sigma=30)
+    torch.testing.assert_close(logits, target.logits(images_01, target.draw(seeds)), atol=1e-6, rtol=0)
+    assert purified.min() >= -1e-6 and purified.max() <= 1 + 1e-6 and degraded.max() > 1
+
+
+def test_without_its_purifier_a_purified_model_is_its_classifier(purifier, classifier):
+    model = NIMPurifiedImageClassification.from_parts(purifier, classifier, sigma=30)
+    target = PurifiedTarget("p", model, without_purifier=True)
+    assert target.sigma is None and not target.is_random
+    x = torch.rand(2, 3, 16, 16)
+    assert torch.equal(target.logits(x, {}), PurifiedTarget("p", model).classifier_logits(x))
+
+
+def test_eot_gradients_converge_to_the_expectation_on_the_golden_defence(tmp_path):
+    convert = reference.load_script("convert_checkpoint").main
+    heads = ["--num_attention_heads", "4", "--decoder_num_attention_heads", "4"]
+    for source, file in (("nim-mae", "nim_mae_pretrain.pt"), ("mae", "mae_finetune.pt")):
+        convert(
+            [
+                "--source",
+                source,
+                "--checkpoint",
+                str(reference.GOLDEN / file),
+                "--output_dir",
+                str(tmp_path / source),
+                *heads,
+            ]
+        )
+    from modeling_nim.robustness.targets import load_targets
+
+    recipe = ModelRecipe("golden", purifier=str(tmp_path / "nim-mae"), classifier=str(tmp_path / "mae"), sigma=30.0)
+    (target,), _ = load_targets([recipe], "cpu")
+    images_01, labels = torch.rand(2, 3, 32, 32), torch.tensor([0, 1])
+
+    def gradient(samples, seed):
+        oracle = Oracle(target_forward(target), labels, names(2), seed=seed, eot_samples=samples, micro_batch=256)
+        return oracle.gradient(images_01)[1]
+
+    expectation = gradient(2048, seed=100)
+
+    def error(samples):
+        return np.mean([float((gradient(samples, s) - expectation).norm() / expectation.norm()) for s in range(4)])
+
+    errors = {samples: error(samples) for samples in (4, 16, 64, 256)}
+    for n in (4, 16, 64):
+        assert 1.4 < errors[n] / errors[4 * n] < 2.8  # 1 / sqrt(n): four times the samples halve the error
+    assert errors[256] < 0.25
+
+
+def test_streams_are_apart_and_subsets_nest():
+    seeds = {
+        stream_seed(s, i, p, d) for s in (0, 1) for i in ("a", "b") for p in ("attack", "evaluate") for d in range(50)
+    }
+    assert len(seeds) == 400 and all(0 <= seed < 2**63 for seed in seeds)
+    assert stream_seed(0, "a", "attack", 1, 12) != stream_seed(0, "a", "attack", 11, 2)
+    order = evaluation_order(names(100))
+    assert sorted(order) == list(range(100)) != order
+    # an image keeps its place among the others when there are more of them
+    assert [index for index in order if index < 50] == evaluation_order(names(50))
