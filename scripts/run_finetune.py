@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from modeling_nim import NIMPurifiedImageClassification, image_processor_for, normalize, parse_sigma
 from modeling_nim.cli import run_main
 from modeling_nim.data import DataRecipe, load_source
+from modeling_nim.data.augment import AugmentationRecipe, augment
 from modeling_nim.data.evaluation import BAD_IMAGE_LABEL, EvaluationImages, evaluation_loader
 from modeling_nim.data.loader import CropRecipe, TrainingImages, to_images_01, training_loader
 from modeling_nim.data.randomness import generators, image_seeds
@@ -78,6 +79,7 @@ class FinetuneRecipe:
     drop_path_rate: float = 0.0
     label_smoothing: float = 0.0
     crop: CropRecipe = field(default_factory=CropRecipe)
+    augmentation: AugmentationRecipe = field(default_factory=AugmentationRecipe)
     validation: ValidationRecipe = field(default_factory=ValidationRecipe)
     execution: ExecutionRecipe = field(default_factory=ExecutionRecipe)
     checkpoints: CheckpointRecipe = field(default_factory=CheckpointRecipe)
@@ -112,6 +114,7 @@ def main() -> None:
         model.gradient_checkpointing_enable()
     denoise = recipe.images == "denoised"
     input_config = purifier.config if denoise else classifier_config
+    statistics = (input_config.image_mean, input_config.image_std)
     images = TrainingImages(source, recipe.crop, input_config.image_size, recipe.seed, recipe.data.on_bad_image)
     plan = make_plan(recipe.optimization, accelerator.num_processes, len(source))
     average = make_average(model, recipe.optimization.ema_decay) if recipe.optimization.ema_decay else None
@@ -144,11 +147,14 @@ def main() -> None:
     model.train()
     micro_losses = []
     for batch in reporter.timed(loader):
-        pixel_values = normalize(to_images_01(batch["pixels"]), input_config.image_mean, input_config.image_std)
+        images_01 = to_images_01(batch["pixels"])  # (B, 3, H, W)
         targets = torch.nn.functional.one_hot(batch["labels"], classifier_config.num_labels).float()
         targets = targets * (1 - recipe.label_smoothing) + recipe.label_smoothing / classifier_config.num_labels
-        if denoise:
-            seeds = image_seeds(recipe.seed, batch["epochs"], batch["indices"], "degradation")  # (B,)
+        which = (batch["epochs"], batch["indices"])
+        images_01, targets = augment(images_01, targets, recipe.augmentation, recipe.seed, *which, *statistics)
+        pixel_values = normalize(images_01, *statistics)
+        if denoise:  # after the augmentation: the defence meets what the classifier will be asked about
+            seeds = image_seeds(recipe.seed, *which, "degradation")  # (B,)
             draws = draw_degradation(
                 input_config, len(seeds), generators(seeds, accelerator.device), accelerator.device, recipe.sigma
             )

@@ -1,5 +1,6 @@
 """From a source to the batches of a training step, in an order that is a function of (seed, step) alone."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -38,14 +39,20 @@ class CropRecipe:
             raise ValueError(f"crop.padding must be >= 0, got {self.padding}")
 
 
-def random_window(height: int, width: int, numbers: np.ndarray, min_scale: float) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a window with `min_scale`..1 of the area and an aspect ratio in 3:4..4:3.
+def random_window(
+    height: int,
+    width: int,
+    numbers: np.ndarray,
+    scale: tuple[float, float],
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a window with a share of the area in `scale` and a width : height in `ratio`.
 
     `numbers` are 2 * NUM_CROP_ATTEMPTS + 2 uniforms: attempts at (area, ratio), then the place. When no attempt fits,
     the largest centred window with an allowed ratio.
     """
-    areas = height * width * (min_scale + (1 - min_scale) * numbers[0:-2:2])
-    ratios = np.exp(np.log(3 / 4) + (np.log(4 / 3) - np.log(3 / 4)) * numbers[1:-2:2])
+    areas = height * width * (scale[0] + (scale[1] - scale[0]) * numbers[0:-2:2])
+    ratios = np.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * numbers[1:-2:2])
     window_widths = np.rint(np.sqrt(areas * ratios)).astype(int)
     window_heights = np.rint(np.sqrt(areas / ratios)).astype(int)
     fits = (0 < window_widths) & (window_widths <= width) & (0 < window_heights) & (window_heights <= height)
@@ -55,7 +62,8 @@ def random_window(height: int, width: int, numbers: np.ndarray, min_scale: float
         top = int(numbers[-2] * (height - window_height + 1))
         left = int(numbers[-1] * (width - window_width + 1))
         return top, left, window_height, window_width
-    window_height, window_width = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    window_height = max(1, min(height, round(width / ratio[0])))
+    window_width = max(1, min(width, round(height * ratio[1])))
     return (height - window_height) // 2, (width - window_width) // 2, window_height, window_width
 
 
@@ -115,7 +123,7 @@ class TrainingImages(Dataset):
 
         def window(height: int, width: int) -> tuple[int, int, int, int]:
             if self.crop.crop == "random_resized":
-                return random_window(height, width, numbers[:-1], self.crop.min_scale)
+                return random_window(height, width, numbers[:-1], (self.crop.min_scale, 1.0))
             return centre_window(height, width)
 
         bad_images = []
