@@ -282,7 +282,7 @@ def save_directory(model: PreTrainedModel, output_dir: str) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", required=True, choices=["nim-mae", "mae", "simmim"])
     parser.add_argument("--checkpoint", required=True, help="the reference's .pt or .pth file")
@@ -297,7 +297,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         action="store_true",
         help="the model predicts pixels as they are (published MAE visualisation models), not patches normalised one by one",
     )
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
     if os.path.exists(args.output_dir) and (not os.path.isdir(args.output_dir) or os.listdir(args.output_dir)):
         raise ValueError(f"--output_dir {args.output_dir!r} exists and is not empty: choose another or remove it")
 

@@ -1,0 +1,169 @@
+"""The ImageNet recipes and the map from the paper's rows to them, read by the loaders that will run them."""
+
+import json
+import shlex
+
+import pytest
+import reference
+
+from modeling_nim.robustness.protocols import AttackRunRecipe, resolve
+from modeling_nim.training.models import make_config
+from modeling_nim.training.recipe import load_recipe
+
+
+paper_tables = reference.load_script("paper_tables")
+TABLES, COLUMNS = paper_tables.read_tables("imagenet")
+STEPS = {step.command: step for table in TABLES for row in table.rows for step in row.steps}
+
+
+def load_step(step):
+    """The recipe that a step's command line would read."""
+    overrides = [f"output_dir={step.output_dir}", *step.overrides]
+    if step.script == "run_attack.py":
+        schema = AttackRunRecipe
+    else:
+        name = {"run_pretrain.py": "PretrainRecipe", "run_finetune.py": "FinetuneRecipe"}[step.script]
+        schema = getattr(reference.load_script(step.script.removesuffix(".py")), name)
+    return load_recipe(paper_tables.ROOT / step.recipe, schema, overrides)
+
+
+def test_every_row_of_the_paper_is_there():
+    assert [len(table.rows) for table in TABLES] == [10, 10, 7, 12, 3]
+    numbers = [number for table in TABLES for row in table.rows for number in row.paper.values()]
+    assert len(numbers) == 10 * 4 + (10 + 7 + 12) * 2
+    assert all(0 < number < 100 for number in numbers)
+
+
+def test_every_recipe_is_read_by_the_script_that_runs_it():
+    """All steps of all rows with their overrides, and through them every file of the folder."""
+    used = set()
+    for step in STEPS.values():
+        if step.recipe is None:
+            options = shlex.split(step.command)[2:]
+            arguments = reference.load_script("convert_checkpoint").parse_arguments(options)
+            assert arguments.output_dir == step.output_dir
+            continue
+        recipe = load_step(step)
+        assert recipe.output_dir == step.output_dir
+        assert recipe.data.path == "ILSVRC/imagenet-1k"
+        if step.script == "run_pretrain.py":
+            assert make_config(recipe.model).hidden_size == 768
+        used.add(step.recipe)
+    folder = paper_tables.ROOT / "scripts" / "recipes" / "imagenet"
+    assert used == {f"scripts/recipes/imagenet/{file.name}" for file in folder.glob("*.yaml")} - {
+        "scripts/recipes/imagenet/paper.yaml"
+    }
+
+
+def test_one_output_has_one_command_and_inputs_are_outputs_of_earlier_steps():
+    outputs = {}
+    for step in STEPS.values():
+        assert outputs.setdefault(step.output_dir, step.command) == step.command
+    for table in TABLES:
+        for row in table.rows:
+            made = set()
+            for step in row.steps:
+                for override in step.overrides:
+                    value = override.partition("=")[2]
+                    assert not value.startswith("outputs/") or value in made, (row.labels, override)
+                made.add(step.output_dir)
+
+
+def test_the_attack_of_each_row_makes_the_numbers_of_its_columns():
+    for table in TABLES:
+        for row in table.rows:
+            recipe = load_step(row.steps[-1])
+            plan = resolve(recipe)
+            model = next(model for model in recipe.models if model.name == row.model)
+            sigmas = plan.sigmas if model.sigma is None and plan.sigmas else model.sigmas()
+            assert row.sigma in (None, "mask") or row.sigma in sigmas
+            for name in table.columns:
+                column = dict(COLUMNS[name])
+                if column["attack"] == "none":
+                    continue
+                assert any(
+                    attack.kind == column["attack"]
+                    and column["threat_model"] in attack.threat_models
+                    and column["epsilon_255"] in attack.epsilon_255
+                    and column.get("name", attack.label) == attack.label
+                    for attack in plan.attacks
+                ), (row.labels, name)
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A copy of the recipes' root with one result in it."""
+    monkeypatch.setattr(paper_tables, "ROOT", tmp_path)
+    (tmp_path / "scripts").mkdir()
+    real = reference.GOLDEN.parents[2] / "scripts" / "recipes"
+    (tmp_path / "scripts" / "recipes").symlink_to(real)
+
+    def row(sigma, model, attack, threat_model, epsilon_255, accuracy, name=None):
+        return {
+            "model": model,
+            "sigma": sigma,
+            "attack": attack,
+            "name": name or attack,
+            "threat_model": threat_model,
+            "epsilon_255": epsilon_255,
+            "accuracy": accuracy,
+            "ci95": [accuracy - 0.4, accuracy + 0.4],
+            "num_images": 50000,
+        }
+
+    rows = [
+        row(None, "undefended", "none", "clean", 0, 81.5),
+        row(None, "undefended", "pgd", "white_box", 2, 7.25, "pgd-10 a2"),
+        row(None, "undefended", "pgd", "white_box", 2, 6.5, "pgd-10"),
+        row(None, "undefended", "square", "black_box", 16, 2.5),
+        row(30.0, "defended", "none", "clean", 0, 81.25),
+        row(30.0, "defended", "pgd", "white_box", 2, 43.75, "pgd-10 a2"),
+    ]
+    folder = tmp_path / "results" / "imagenet"
+    folder.mkdir(parents=True)
+    (folder / "nim_mae.json").write_text(json.dumps({"rows": rows}))
+    return tmp_path
+
+
+def test_ours_stand_beside_the_papers(results, capsys):
+    paper_tables.main([])
+    lines = capsys.readouterr().out.splitlines()
+    undefended, defended = [line for line in lines if line.startswith("| NIM-MAE |")][:2]
+    assert [cell.strip() for cell in undefended.split("|")[1:-1]] == [
+        "NIM-MAE",
+        "-",
+        "81.68",
+        "81.50 [81.1, 81.9]",
+        "7.36",
+        "7.25 [6.8, 7.7]",
+        "7.36",
+        "7.25 [6.8, 7.7]",  # without a defence gray-box is white-box
+        "2.44",
+        "2.50 [2.1, 2.9]",
+    ]
+    assert defended.count("missing") == 2  # gray-box and Square were not run
+    assert "Ours, 95% intervals in brackets: results/imagenet/nim_mae.json, 50,000 images." in lines
+    # the complete row asks for nothing, the incomplete one for its steps, in order
+    start = lines.index("# Table 1: NIM-MAE, sigma 30")
+    assert [line.split()[2] for line in lines[start + 1 : start + 4]] == [
+        "scripts/run_pretrain.py",
+        "scripts/run_finetune.py",
+        "scripts/run_attack.py",
+    ]
+    assert lines[start + 4] == "cp outputs/imagenet/attack/nim_mae/summary.json results/imagenet/nim_mae.json"
+    assert len(lines) == len([line for line in lines if not line.startswith("accelerate")]) + len(
+        {line for line in lines if line.startswith("accelerate")}
+    )
+
+
+def test_steps_that_are_done_are_left_out(results, capsys):
+    done = results / "outputs/imagenet/pretrain/nim_mae-gamma_25_3"
+    done.mkdir(parents=True)
+    (done / "config.json").write_text("{}")
+    paper_tables.main([])
+    assert f"output_dir={done.relative_to(results)} " not in capsys.readouterr().out
+
+
+def test_an_unknown_data_set_is_refused_with_the_known_ones():
+    with pytest.raises(FileNotFoundError, match=r"no tables for --dataset 'mnist'.*imagenet"):
+        paper_tables.main(["--dataset", "mnist"])
