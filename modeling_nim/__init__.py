@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from .configuration_nim import (
     MODEL_SIZES,
@@ -13,7 +13,7 @@ from .configuration_nim import (
     NIMSimMIMConfig,
 )
 from .image_processing import image_processor_for
-from .modeling_nim import NIMForImageClassification, NIMForPreTraining, NIMModel
+from .modeling_nim import NIMForImageClassification, NIMForPreTraining, NIMModel, ResizePositions
 from .modeling_nim_purified import NIMPurifiedImageClassification
 from .modeling_nim_simmim import NIMSimMIMForImageClassification, NIMSimMIMForPreTraining
 from .noise_nim import add_noise, denormalize, normalize, parse_sigma, sample_sigma
@@ -57,12 +57,14 @@ for _auto_class, _config, _model in [
     _config.register_for_auto_class()
     _model.register_for_auto_class(_auto_class.__name__)
 
-# transformers' own MAE checkpoints, with today's key names and with those of before version 5, load into our classes.
+# transformers' own MAE checkpoints, with today's key names and with those of before version 5, load into our classes;
+# `from_pretrained(DIR, image_size=...)` fits the positions.
 for _name in ("NIMModel", "NIMForPreTraining", "NIMForImageClassification"):
     register_checkpoint_conversion_mapping(
         _name,
         [WeightRenaming(r"vit\.encoder\.layer\.", "vit.layers.")]
-        + get_checkpoint_conversion_mapping("ViTMAEForPreTraining"),
+        + get_checkpoint_conversion_mapping("ViTMAEForPreTraining")
+        + [WeightConverter(table, table, [ResizePositions()]) for table in ("position_embeddings", "decoder_pos_embed")],
         overwrite=True,
     )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.core_model_loading import ConversionOps
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.models.vit_mae.modeling_vit_mae import (
     ViTMAEDecoder,
@@ -73,6 +74,22 @@ def resize_position_table(table: torch.Tensor, grid: tuple[int, int]) -> torch.T
     patches = table[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)  # (1, D, G, G)
     patches = nn.functional.interpolate(patches.float(), size=grid, mode="bicubic", align_corners=False)
     return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2).to(table)], dim=1)
+
+
+class ResizePositions(ConversionOps):
+    """Fits a loaded position table to the configured image size, for fine-tuning at another size than pre-training's."""
+
+    def convert(
+        self,
+        input_dict: dict[str, list[torch.Tensor]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        config: NIMConfig | NIMClassifierConfig,
+        **kwargs,
+    ) -> dict[str, torch.Tensor]:
+        ((table,),) = input_dict.values()
+        side = config.image_size // config.patch_size
+        return {target_patterns[0]: resize_position_table(table, (side, side))}
 
 
 class DropPath(nn.Module):

@@ -278,3 +278,27 @@ def test_a_larger_purifier_before_a_smaller_classifier(pixel_values):
     torch.testing.assert_close(logits, classifier(resized).logits)
     logits.sum().backward()
     assert images.grad.abs().sum() > 0
+
+
+def test_loading_at_another_image_size_interpolates_both_position_tables_in_two_dimensions(tmp_path):
+    model = nim_mae()
+    model.save_pretrained(tmp_path)
+    larger, info = NIMForPreTraining.from_pretrained(tmp_path, image_size=24, output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    classifier = NIMForImageClassification.from_pretrained(tmp_path, image_size=24).eval()
+    images = torch.randn(2, 3, 24, 24)
+    assert larger.eval().purify(images).shape == images.shape
+    # what the encoder does on the fly, done once
+    expected = model.vit(images, interpolate_pos_encoding=True).last_hidden_state
+    torch.testing.assert_close(larger.vit(images).last_hidden_state, expected)
+    classifier.vit.layernorm = model.vit.layernorm
+    torch.testing.assert_close(classifier.vit(images).last_hidden_state, expected)
+    # the columns of a table that encode columns must not change from row to row
+    table = larger.decoder.decoder_pos_embed[0, 1:].view(6, 6, -1)
+    half = table.shape[-1] // 2
+    torch.testing.assert_close(table[..., :half], table[:1, :, :half].expand(6, 6, half))
+    torch.testing.assert_close(table[..., half:], table[:, :1, half:].expand(6, 6, half))
+    # and the size it was made for is loaded as it is
+    assert torch.equal(
+        NIMForPreTraining.from_pretrained(tmp_path).decoder.decoder_pos_embed, model.decoder.decoder_pos_embed
+    )
