@@ -201,7 +201,7 @@ def mae_config(tensors: StateDict, args: argparse.Namespace) -> NIMConfig | NIMC
             args.decoder_num_attention_heads, width, "--decoder_num_attention_heads", known, 32
         ),
         decoder_intermediate_size=_shape(tensors, "decoder_blocks.0.mlp.fc1.weight", 2)[0],
-        degradation="noise" if args.source == "nim-mae" else "mask",
+        degradation=args.degradation or ("noise" if args.source == "nim-mae" else "mask"),
         norm_pix_loss=not args.no_norm_pix_loss,
     )
 
@@ -229,7 +229,7 @@ def simmim_config(tensors: StateDict, args: argparse.Namespace) -> NIMSimMIMConf
         return NIMSimMIMClassifierConfig(**sizes, num_labels=_shape(tensors, "head.weight", 2)[0])
     # SimMIM hides squares of 2 x 2 patches (32 pixels at patch 16) where the image can be cut into them.
     mask_patch_size = 2 * patch if grid % 2 == 0 else patch
-    return NIMSimMIMConfig(**sizes, degradation="mask", mask_patch_size=mask_patch_size)
+    return NIMSimMIMConfig(**sizes, degradation=args.degradation or "mask", mask_patch_size=mask_patch_size)
 
 
 def convert(tensors: StateDict, layout: Layout, model: PreTrainedModel) -> PreTrainedModel:
@@ -291,6 +291,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--num_attention_heads", type=int, help="of the encoder; default: as the published sizes, or width / 64"
     )
     parser.add_argument("--decoder_num_attention_heads", type=int, help="default: width / 32, as the published models")
+    parser.add_argument(
+        "--degradation",
+        choices=["noise", "mask"],
+        help="what a pre-trained model undoes; default: noise for nim-mae, mask otherwise (give noise for NIM-SimMIM)",
+    )
     parser.add_argument("--patch_size", type=int, help="checked against the tensors")
     parser.add_argument(
         "--no_norm_pix_loss",

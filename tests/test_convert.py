@@ -18,7 +18,7 @@ HEADS = ["--num_attention_heads", "3", "--decoder_num_attention_heads", "2"]
 LAYOUTS = {  # checkpoint -> source, options, container as its training script writes it
     "mae_pretrain": ("nim-mae", HEADS, "model"),
     "mae_finetune": ("mae", HEADS[:2], "classifier"),
-    "simmim_pretrain": ("simmim", [], "model"),
+    "simmim_pretrain": ("simmim", ["--degradation", "noise"], "model"),
     "simmim_finetune": ("simmim", [], "model"),
 }
 
@@ -57,7 +57,7 @@ def test_other_sizes_give_the_reference_numbers(tmp_path, checkpoints, name, leg
             expected = reference.nim_mae(noisy, clean, state, heads=3, decoder_heads=2)
             found = model(clean, sigma=sigma, epsilon=epsilon).reconstruction
         else:
-            model = AutoModelForPreTraining.from_pretrained(output_dir, degradation="noise")
+            model = AutoModelForPreTraining.from_pretrained(output_dir)
             expected = reference.simmim(noisy, state)
             found = model(clean, sigma=sigma, epsilon=epsilon).reconstruction
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -109,7 +109,11 @@ def test_published_sizes_need_no_options(width, decoder_width, expected):
     """ViT-H's 16 heads are 80 wide, where a rule of 64 would say 20."""
     state = reference.random_checkpoints(16, 8, width, 1, 1, decoder_width, 1)["mae_pretrain"]
     args = argparse.Namespace(
-        source="mae", num_attention_heads=None, decoder_num_attention_heads=None, no_norm_pix_loss=True
+        source="mae",
+        num_attention_heads=None,
+        decoder_num_attention_heads=None,
+        no_norm_pix_loss=True,
+        degradation=None,
     )
     config = convert.mae_config(state, args)
     assert (config.num_attention_heads, config.decoder_num_attention_heads) == expected

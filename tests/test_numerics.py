@@ -6,7 +6,14 @@ import pytest
 import torch
 from conftest import TINY, TINY_DECODER
 from safetensors.torch import load_file, save_file
-from transformers import ViTMAEConfig, ViTMAEForPreTraining
+from transformers import (
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+)
 
 from modeling_nim import (
     NIMClassifierConfig,
@@ -18,6 +25,7 @@ from modeling_nim import (
     NIMSimMIMConfig,
     NIMSimMIMForImageClassification,
     NIMSimMIMForPreTraining,
+    denormalize,
 )
 
 
@@ -143,7 +151,7 @@ def test_bfloat16_autocast_of_classifiers_stays_within_two_percent(name, pixel_v
     assert relative_error(found, model(pixel_values).logits.detach()) < 2e-2
 
 
-@every_purifier
+@pytest.mark.parametrize("name", ["nim_mae noisy statistics", "mae", "nim_simmim", "simmim"])
 def test_forward_and_purify_compile_into_one_graph(name, pixel_values):
     """Also backwards, as an attacker runs it."""
     model = PURIFIERS[name]()
@@ -219,6 +227,34 @@ def test_noisy_statistics_make_purify_a_function_of_the_noisy_image(statistics, 
     second = model.purify(pixel_values + shift, sigma=30, epsilon=epsilon - shift * std * 255 / 30)
     distance = (first - second).abs().max().item()
     assert distance < 1e-5 if alone else distance > 0.1
+
+
+OTHERS = {
+    "vit": lambda: ViTForImageClassification(ViTConfig(**{**TINY, "image_size": 24, "patch_size": 8}, num_labels=3)),
+    "resnet": lambda: ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=3)
+    ),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@every_purifier
+def test_any_classifier_of_transformers_behind_any_purifier(name, other, pixel_values):
+    """In its own size and normalisation; an attacker's gradient reaches the pixels."""
+    purifier, classifier = PURIFIERS[name](), OTHERS[other]().eval()
+    half = [0.5, 0.5, 0.5]
+    model = NIMPurifiedImageClassification.from_parts(
+        purifier, classifier, classifier_image_size=24, classifier_image_mean=half, classifier_image_std=half
+    ).eval()
+    given = draws(purifier, 4)
+    images = pixel_values.clone().requires_grad_()
+    logits = model(images, **given).logits
+    purified = purifier.purify(pixel_values, **given)
+    images_01 = denormalize(purified, purifier.config.image_mean, purifier.config.image_std)
+    resized = torch.nn.functional.interpolate(images_01, size=24, mode="bicubic", align_corners=False, antialias=True)
+    torch.testing.assert_close(logits, classifier(2 * resized - 1).logits, atol=1e-4, rtol=1e-4)
+    logits[:, 0].sum().backward()
+    assert (images.grad.flatten(1).norm(dim=1) > 0).all()
 
 
 OLD_NAMES = [  # before transformers 5
