@@ -77,18 +77,20 @@ def resize_position_table(table: torch.Tensor, grid: tuple[int, int]) -> torch.T
 
 
 class ResizePositions(ConversionOps):
-    """Fits a loaded position table to the configured image size, for fine-tuning at another size than pre-training's."""
+    """Fits a loaded position table to the model's own, for fine-tuning at another image size than pre-training's."""
 
     def convert(
         self,
         input_dict: dict[str, list[torch.Tensor]],
         source_patterns: list[str],
         target_patterns: list[str],
-        config: NIMConfig | NIMClassifierConfig,
+        full_layer_name: str,
+        model: nn.Module,
         **kwargs,
     ) -> dict[str, torch.Tensor]:
         ((table,),) = input_dict.values()
-        side = config.image_size // config.patch_size
+        # The table and not the configuration knows the size: inside a purified model there are two configurations.
+        side = int((model.get_parameter(full_layer_name).shape[1] - 1) ** 0.5)
         return {target_patterns[0]: resize_position_table(table, (side, side))}
 
 
