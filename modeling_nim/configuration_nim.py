@@ -297,7 +297,7 @@ class NIMPurifiedConfig(PreTrainedConfig):
         self.classifier_config = _sub_config(self.classifier_config, NIMClassifierConfig)
         # The labels are the classifier's, so that the pipeline and the Hub see them where they look.
         kwargs["id2label"] = dict(self.classifier_config.id2label)
-        kwargs["label2id"] = dict(self.classifier_config.label2id)
+        kwargs["label2id"] = {name: index for index, name in kwargs["id2label"].items()}
         kwargs.pop("num_labels", None)
         if not type(self).__module__.startswith("transformers_modules."):
             # The imported package has its pipeline registered; with this entry transformers would still refuse to build
