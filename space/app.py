@@ -143,10 +143,9 @@ class Page:
             before = [self.undefended(bare_01), defended(images_01, _generator(seed, "defence"), votes)]
             after = [self.undefended(bare_attacked_01), defended(attacked_01, _generator(seed, "defence"), votes)]
             # The first of the draws that were classified: the same generator, from its beginning.
-            pixel_values = (attacked_01 - self.mean) / self.std
-            purified = self.defended.purify(pixel_values, sigma=sigma_255, generator=_generator(seed, "defence"))
-            epsilon_draw = torch.randn(images_01.shape[1:], generator=_generator(seed, "defence"))
-            noisy_01 = attacked_01 + sigma_255 / 255 * epsilon_draw
+            noise = torch.randn(images_01.shape, generator=_generator(seed, "defence"))  # (1, 3, H, W)
+            noisy_01 = attacked_01 + sigma_255 / 255 * noise
+            purified = self.defended.purify((attacked_01 - self.mean) / self.std, sigma=sigma_255, epsilon=noise)
         shown = [bare_01, bare_attacked_01, images_01, attacked_01, noisy_01, purified * self.std + self.mean]
         probabilities = [(b.softmax(-1)[0], a.softmax(-1)[0]) for b, a in zip(before, after, strict=True)]
         bars = [bars_html(self.class_names, b.tolist(), a.tolist()) for b, a in probabilities]
