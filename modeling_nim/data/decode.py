@@ -43,8 +43,9 @@ def decode_rgb(encoded: bytes, image_id: str) -> Image.Image:
 def decode_window(encoded: bytes, image_id: str, window, size: int) -> np.ndarray:
     """Decode a window of an image and resize it to `(size, size, 3)` uint8, at no more resolution than that needs.
 
-    `window(height, width)` gives top, left, height and width of the window in the upright image. A JPEG is decoded at
-    the smallest scale (libjpeg's M/8) that still covers the result; everything else goes through Pillow.
+    `window(height, width)` gives top, left, height and width of the window in the upright image. A JPEG is decoded at a
+    half, a quarter or an eighth where that still covers the result (libjpeg's other scales are slower than full size);
+    everything else goes through Pillow.
     """
     if not encoded.startswith(b"\xff\xd8"):
         return resize_window(np.asarray(decode_rgb(encoded, image_id)), window, size)
@@ -56,11 +57,10 @@ def decode_window(encoded: bytes, image_id: str, window, size: int) -> np.ndarra
         _check_size(height, width, image_id)
         upright_height, upright_width = (width, height) if orientation >= 5 else (height, width)
         top, left, window_height, window_width = window(upright_height, upright_width)
-        min_height = min(upright_height, -(-upright_height * size // window_height))
-        min_width = min(upright_width, -(-upright_width * size // window_width))
-        if orientation >= 5:
-            min_height, min_width = min_width, min_height
-        pixels = simplejpeg.decode_jpeg(encoded, min_height=min_height, min_width=min_width, fastdct=True)
+        shrink = min(window_height, window_width) // size
+        factor = 8 if shrink >= 8 else 4 if shrink >= 4 else 2 if shrink >= 2 else 1
+        least = {"min_height": height // factor, "min_width": width // factor} if factor > 1 else {}
+        pixels = simplejpeg.decode_jpeg(encoded, fastdct=True, **least)
     except BadImageError:
         raise
     except ValueError:  # libjpeg stumbled: Pillow has the last word on whether the image is damaged
@@ -83,9 +83,10 @@ def _resize(pixels: np.ndarray, size: int) -> np.ndarray:
     height, width = pixels.shape[:2]
     if (height, width) == (size, size):
         return np.ascontiguousarray(pixels)
-    # averaging is the anti-aliased choice when both sides shrink, bicubic the sharp one when they grow
-    shrinks = height >= size and width >= size
-    return cv2.resize(pixels, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+    shrink = min(height, width) / size
+    # bicubic to enlarge; to shrink, bilinear while its two taps reach every pixel, then averaging: both anti-aliased
+    how = cv2.INTER_CUBIC if shrink < 1 else cv2.INTER_LINEAR if max(height, width) <= 2 * size else cv2.INTER_AREA
+    return cv2.resize(pixels, (size, size), interpolation=how)
 
 
 def _check_size(height: int, width: int, image_id: str) -> None:

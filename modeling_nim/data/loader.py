@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import cv2
 import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
@@ -97,9 +98,6 @@ class TrainingImages(Dataset):
         pixels, labels, bad_images = self._read(indices, numbers)
         if self.crop.crop == "padded":
             pixels = self._shift(pixels, numbers)
-        if self.crop.flip:
-            flipped = numbers[:, -1] < 0.5
-            pixels[flipped] = pixels[flipped, :, ::-1]
         return {
             "pixels": torch.from_numpy(pixels),
             "labels": torch.tensor(labels),
@@ -113,7 +111,8 @@ class TrainingImages(Dataset):
         labels, bad_images = [], []
         for position, index in enumerate(indices):
             image, label, bad = self._read_good(int(index), numbers[position])
-            pixels[position] = image
+            flipped = self.crop.flip and numbers[position, -1] < 0.5
+            pixels[position] = cv2.flip(image, 1) if flipped else image
             labels.append(label)
             bad_images += bad
         return pixels, labels, bad_images

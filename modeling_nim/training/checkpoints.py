@@ -102,7 +102,7 @@ def load_newest_checkpoint(
             raise ValueError(
                 f"checkpoint {path!r} holds no moving average; unset optimization.ema_decay or start afresh"
             )
-        average.load_state_dict(load_file(os.path.join(path, AVERAGE), device=str(accelerator.device)))
+        average.load_state_dict(load_file(os.path.join(path, AVERAGE)))
     return step, state
 
 

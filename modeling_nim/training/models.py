@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from torch.optim.swa_utils import AveragedModel
-from transformers import AutoConfig, AutoModelForPreTraining, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, ViTMAEConfig
 
 from .. import (
     MODEL_SIZES,
@@ -35,9 +35,16 @@ ARCHITECTURES = {
 
 CLASSIFIERS = {
     NIMConfig.model_type: NIMForImageClassification,
+    ViTMAEConfig.model_type: NIMForImageClassification,  # transformers' MAE checkpoints load into our classes
     NIMClassifierConfig.model_type: NIMForImageClassification,
     NIMSimMIMConfig.model_type: NIMSimMIMForImageClassification,
     NIMSimMIMClassifierConfig.model_type: NIMSimMIMForImageClassification,
+}
+
+PURIFIERS = {
+    NIMConfig.model_type: NIMForPreTraining,
+    ViTMAEConfig.model_type: NIMForPreTraining,
+    NIMSimMIMConfig.model_type: NIMSimMIMForPreTraining,
 }
 
 
@@ -123,11 +130,11 @@ def load_purifier(path: str) -> PreTrainedModel:
     """The frozen purifier at `path`: in evaluation mode and without gradients for its weights."""
     require_model_dir(path)
     model_type = AutoConfig.from_pretrained(path).model_type
-    if model_type not in (NIMConfig.model_type, NIMSimMIMConfig.model_type):
+    if model_type not in PURIFIERS:
         raise ValueError(
             f"{path!r} is a {model_type!r} model, which cannot purify; name a pre-trained NIM or MIM model"
         )
-    return AutoModelForPreTraining.from_pretrained(path).requires_grad_(False).eval()
+    return PURIFIERS[model_type].from_pretrained(path).requires_grad_(False).eval()
 
 
 def require_model_dir(path: str) -> None:
