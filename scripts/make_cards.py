@@ -91,7 +91,7 @@ class CardFacts:
     license: str = "apache-2.0"
 
 
-def render_card(name: str, facts: CardFacts, config: PreTrainedConfig, root: Path = ROOT) -> str:
+def render_card(name: str, facts: CardFacts, config: PreTrainedConfig, root: Path) -> str:
     """The text of a card.
 
     Args:
@@ -135,7 +135,7 @@ def render_card(name: str, facts: CardFacts, config: PreTrainedConfig, root: Pat
         paper_rows=[] if facts.paper is None else facts.paper.rows,
         paper_source="" if facts.paper is None else facts.paper.source,
         limits=_limits(kind, config, own),
-        reproduce=_reproduce(facts, name, kind),
+        reproduce=_reproduce(facts, root),
     )
     while "\n\n\n" in body:
         body = body.replace("\n\n\n", "\n\n")
@@ -421,12 +421,12 @@ def _limits(kind: str, config: PreTrainedConfig, own: list[dict[str, Any]]) -> l
     return limits
 
 
-def _reproduce(facts: CardFacts, name: str, kind: str) -> str:
+def _reproduce(facts: CardFacts, root: Path) -> str:
     commands = []
     for path in facts.recipes.values():
         script = next((script for stem, script in SCRIPTS.items() if Path(path).name.startswith(stem)), None)
         if script is None:  # a recipe that a run saved: the section that only one of the two scripts has tells which
-            script = "run_finetune.py" if "init" in yaml.safe_load((ROOT / path).read_text()) else "run_pretrain.py"
+            script = "run_finetune.py" if "init" in yaml.safe_load((root / path).read_text()) else "run_pretrain.py"
         commands.append(f"accelerate launch scripts/{script} {path}")
     if not commands:
         return "# no recipe is recorded with this model"
@@ -509,7 +509,7 @@ def main() -> int:
     for path in sorted((ROOT / "model_cards").glob("*/card.yaml")):
         folder = path.parent
         facts = load_recipe(path, CardFacts)
-        text = render_card(folder.name, facts, AutoConfig.from_pretrained(folder))
+        text = render_card(folder.name, facts, AutoConfig.from_pretrained(folder), root=ROOT)
         card = folder / "README.md"
         old = card.read_text(encoding="utf-8") if card.is_file() else ""
         if text == old:

@@ -1,0 +1,242 @@
+"""Model cards: made from config, recipes and records, valid for the Hub, and the same each time."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from stub_hub import card_errors
+
+import modeling_nim
+from modeling_nim import (
+    NIMClassifierConfig,
+    NIMConfig,
+    NIMForImageClassification,
+    NIMForPreTraining,
+    NIMPurifiedImageClassification,
+)
+
+
+ROOT = Path(__file__).parents[1]
+ENCODER = {
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
+DECODER = {
+    "decoder_hidden_size": 32,
+    "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 64,
+}
+
+
+@pytest.fixture
+def make_cards(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import make_cards
+
+    return make_cards
+
+
+def row(model, sigma, attack, threat_model, epsilon_255, accuracy, **settings):
+    interval = [accuracy - 5, min(accuracy + 4, 100.0)]
+    return {
+        "model": model,
+        "sigma": sigma,
+        "attack": attack,
+        "name": attack,
+        "threat_model": threat_model,
+        "epsilon_255": epsilon_255,
+        "accuracy": accuracy,
+        "ci95": interval,
+        "num_images": 360,
+        "seconds": 1.0,
+        "accuracy_majority": accuracy,
+        "ci95_majority": interval,
+        "accuracy_worst_draw": accuracy,
+        "ci95_worst_draw": interval,
+        "num_draws": 1 if sigma is None else 5,
+        "settings": settings,
+    }
+
+
+PGD = {"norm": "linf", "steps": 10, "alpha_255": 2.0, "eot_samples": 1, "restarts": 1}
+ROWS = [
+    row("original", None, "none", "clean", 0, 96.7),
+    row("original", None, "pgd", "white_box", 8, 1.4, **PGD),
+    row("purified", 75, "none", "clean", 0, 95.6),
+    row("purified", 75, "pgd", "white_box", 8, 76.4, **PGD),
+    row("purified", 75, "pgd", "gray_box", 8, 88.1, **PGD),
+    row("purified", 75, "pgd", "white_box_known_draw", 8, 11.1, **PGD),
+    row("purified", 75, "square", "black_box", 8, 80.2, norm="linf", queries=1000, eot_samples=1),
+    row("purified", 30, "none", "clean", 0, 93.3),
+]
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A model directory and a summary, as `run_finetune.py` and `run_attack.py` leave them behind."""
+    torch.manual_seed(0)
+    purifier = NIMForPreTraining(NIMConfig(**ENCODER, **DECODER))
+    classifier = NIMForImageClassification(NIMClassifierConfig(**ENCODER, num_labels=10))
+    model = NIMPurifiedImageClassification.from_parts(purifier, classifier, sigma=75)
+    model.save_pretrained(tmp_path / "finetune" / "purified")
+    purifier.save_pretrained(tmp_path / "pretrain")
+    classifier.save_pretrained(tmp_path / "finetune")
+    recipe = {"seed": 7, "output_dir": "o", "init": "i", "data": {"source": "digits"}, "optimization": {"steps": 660}}
+    (tmp_path / "finetune" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    provenance = {
+        "data": "digits 0123",
+        "models": {"purified @ sigma 75": {"hash": "abc"}},
+        "device": "cpu",
+        "versions": {"torch": "2"},
+        "seeds": [0],
+        "num_draws": 5,
+    }
+    alarms = [{"alarm": "too_few_images", "where": "pgd", "message": "360 images do not rank 2 models"}]
+    (tmp_path / "summary.json").write_text(json.dumps({"rows": ROWS, "alarms": alarms, "provenance": provenance}))
+    return tmp_path
+
+
+@pytest.fixture
+def purified_card(make_cards, world):
+    directory, summary = world / "finetune" / "purified", world / "summary.json"
+    return make_cards.card_of_directory(directory, "org/nim-digits", summary, model="purified", sigma=75)
+
+
+def test_metadata_is_valid_and_keeps_every_attack_apart(purified_card):
+    assert card_errors(purified_card) == []
+    card = ModelCard(purified_card)
+    assert card.data.license == "apache-2.0"
+    assert card.data.pipeline_tag == "image-classification"
+    assert card.data.library_name == "transformers"
+    assert "adversarial-robustness" in card.data.tags
+    results = card.data.eval_results
+    assert [(result.metric_type, result.metric_value) for result in results] == [
+        ("accuracy", 95.6),
+        ("robust_accuracy", 76.4),
+        ("robust_accuracy", 88.1),
+        ("robust_accuracy", 11.1),
+        ("robust_accuracy", 80.2),
+    ]
+    white_box = results[1].metric_args
+    expected = {"attack": "pgd", "threat_model": "white_box", "epsilon_255": 8, "steps": 10, "alpha_255": 2.0}
+    assert expected.items() <= white_box.items()
+    assert (white_box["sigma_255"], white_box["num_draws"], white_box["num_images"]) == (75, 5, 360)
+    assert white_box["ci95"] == [71.4, 80.4]
+    assert len({json.dumps(result.metric_args) for result in results}) == len(results)
+
+
+def test_the_table_has_every_row_with_its_interval(purified_card):
+    assert "| **purified** | 75 | pgd (10 steps, alpha 2) | white box | 8 | 76.4 [71.4, 80.4] |" in purified_card
+    assert "| original | none | pgd (10 steps, alpha 2) | white box | 8 | 1.4 [" in purified_card
+    assert "| purified | 30 | none | clean | 0 | 93.3 [" in purified_card  # another sigma is not this model's
+    assert "square (1000 queries)" in purified_card
+    assert "data: `digits 0123`" in purified_card
+    assert "too few images (pgd): 360 images do not rank 2 models" in purified_card
+
+
+def test_limits_name_the_strongest_attack_an_attacker_can_make(purified_card):
+    limits = purified_card.split("## Limits")[1]
+    assert "(pgd (10 steps, alpha 2), white box) leaves 76.4 [71.4, 80.4]%, from 95.6% without an attack." in limits
+    assert "by-passes the noise" in limits  # patch_statistics="input"
+    assert "11.1" not in limits.split("## How to reproduce")[0]
+
+
+def test_training_and_commands_come_from_the_recipe(purified_card, world):
+    assert "| optimization.steps | `660` |" in purified_card
+    assert "| seed | `7` |" in purified_card
+    assert "output_dir" not in purified_card
+    assert f"accelerate launch scripts/run_finetune.py {world / 'finetune' / 'recipe.yaml'}" in purified_card
+
+
+def test_parameters_are_counted(purified_card, world):
+    model = modeling_nim.NIMPurifiedImageClassification.from_pretrained(world / "finetune" / "purified")
+    assert f"| parameters | {sum(p.numel() for p in model.parameters()):,} |" in purified_card
+
+
+def test_denoisers_and_bare_classifiers_say_what_they_are(make_cards, world):
+    denoiser = make_cards.card_of_directory(world / "pretrain", "org/nim-mae")
+    assert card_errors(denoiser) == []
+    assert "AutoModelForPreTraining" in denoiser and "It classifies nothing" in denoiser
+    assert "## Threat model" not in denoiser
+    classifier = make_cards.card_of_directory(world / "finetune", "org/nim-classifier")
+    assert "no defence against adversarial images" in classifier
+    assert "No results are recorded" in classifier
+
+
+def test_unclear_and_missing_results_are_named(make_cards, world):
+    directory = world / "finetune" / "purified"
+    with pytest.raises(ValueError, match=r"results of \['original', 'purified'\]: say with --model"):
+        make_cards.card_of_directory(directory, "org/x", world / "summary.json")
+    with pytest.raises(ValueError, match="no row is of model 'purfied'"):
+        make_cards.card_of_directory(directory, "org/x", world / "summary.json", model="purfied")
+    with pytest.raises(FileNotFoundError, match="make it with scripts/run_attack.py"):
+        make_cards.card_of_directory(directory, "org/x", world / "absent.json", model="purified")
+
+
+@pytest.fixture
+def repository(make_cards, world, monkeypatch):
+    """A repository with one card.yaml, and `call(*arguments) -> exit code`."""
+    monkeypatch.setattr(make_cards, "ROOT", world)
+    folder = world / "model_cards" / "nim-digits"
+    NIMPurifiedImageClassification.from_pretrained(world / "finetune" / "purified").save_pretrained(folder)
+    card = {
+        "title": "NIM-MAE on handwritten digits",
+        "data": {"name": "scikit-learn digits"},
+        "recipes": {"Fine-tuning": "finetune/recipe.yaml"},
+        "summaries": ["summary.json"],
+        "model": "purified",
+        "sigma": 75,
+        "paper": {
+            "source": "Table 1, ImageNet-1K",
+            "rows": [{"system": "NIM-MAE", "clean": 81.3, "white_box": 43.92, "gray_box": 68.99, "black_box": 72.85}],
+        },
+    }
+    (folder / "card.yaml").write_text(yaml.safe_dump(card))
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["make_cards.py", *arguments])
+        with pytest.raises(SystemExit) as exit_info:
+            modeling_nim.cli.run_main(make_cards.main)
+        return exit_info.value.code or 0
+
+    return folder, call
+
+
+def test_cards_are_made_checked_and_stay_the_same(repository, capsys):
+    folder, call = repository
+    assert call("--check") == 1
+    assert not (folder / "README.md").exists()
+    assert call() == 0
+    text = (folder / "README.md").read_text()
+    assert "**The paper's numbers, not this model's** (Table 1, ImageNet-1K):" in text
+    assert "| NIM-MAE | 81.3 | 43.92 | 68.99 | 72.85 |" in text
+    assert call("--check") == 0
+    (folder / "README.md").write_text(text.replace("76.4", "86.4"))
+    capsys.readouterr()
+    assert call("--check") == 1
+    difference = capsys.readouterr().out
+    assert "-| **purified**" in difference and "86.4" in difference
+    assert call() == 0
+    assert (folder / "README.md").read_text() == text
+
+
+def test_an_unknown_key_in_a_card_is_named(repository, capsys):
+    folder, call = repository
+    with open(folder / "card.yaml", "a") as file:
+        file.write("licence: mit\n")
+    assert call() == 2
+    assert "unknown recipe key 'licence' (did you mean 'license'?)" in capsys.readouterr().err
+
+
+def test_the_cards_in_this_repository_are_as_their_records_make_them(make_cards, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["make_cards.py", "--check"])
+    assert make_cards.main() == 0, capsys.readouterr().out
