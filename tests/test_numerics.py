@@ -26,7 +26,10 @@ from modeling_nim import (
     NIMSimMIMForImageClassification,
     NIMSimMIMForPreTraining,
     denormalize,
+    image_processor_for,
 )
+from modeling_nim.robustness import targets
+from modeling_nim.training import models as training_models
 
 
 def enlarge(model):
@@ -268,12 +271,12 @@ OLD_NAMES = [  # before transformers 5
 ]
 
 
-@pytest.mark.parametrize("layout", ["new", "old"])
+@pytest.mark.parametrize("layout", ["new", "old", "as transformers saves it"])
 @pytest.mark.parametrize("cls", [NIMForPreTraining, NIMForImageClassification])
 def test_transformers_mae_checkpoints_load_straight(tmp_path, layout, cls, pixel_values):
     """What facebook/vit-mae-* holds, in today's key names and in those that the Hub's files were written with."""
     theirs = enlarge(ViTMAEForPreTraining(ViTMAEConfig(**TINY, **TINY_DECODER)))
-    theirs.save_pretrained(tmp_path, save_original_format=False)
+    theirs.save_pretrained(tmp_path, save_original_format=layout == "as transformers saves it")
     if layout == "old":
         weights = {}
         for key, weight in load_file(tmp_path / "model.safetensors").items():
@@ -298,6 +301,22 @@ def test_transformers_mae_checkpoints_load_straight(tmp_path, layout, cls, pixel
     expected, found = theirs(pixel_values, noise=noise), model.eval()(pixel_values, noise=noise)
     torch.testing.assert_close(found.loss, expected.loss)
     torch.testing.assert_close(found.logits, expected.logits)
+
+
+@pytest.mark.parametrize("room", ["training", "robustness"])
+def test_transformers_mae_checkpoints_serve_as_purifiers_in_recipes(tmp_path, room, pixel_values):
+    """`purifier: facebook/vit-mae-large` in a recipe; with its own image processor."""
+    theirs = enlarge(ViTMAEForPreTraining(ViTMAEConfig(**TINY, **TINY_DECODER)))
+    theirs.save_pretrained(tmp_path)
+    image_processor_for(NIMConfig(**TINY)).save_pretrained(tmp_path)
+    if room == "training":
+        purifier = training_models.load_purifier(str(tmp_path))
+    else:
+        purifier, _ = targets.load_purifier(str(tmp_path), "cpu")
+    assert isinstance(purifier, NIMForPreTraining) and not any(p.requires_grad for p in purifier.parameters())
+    noise = torch.rand(4, 16)
+    torch.testing.assert_close(purifier(pixel_values, noise=noise).logits, theirs(pixel_values, noise=noise).logits)
+    assert purifier.purify(pixel_values, noise=noise).shape == pixel_values.shape
 
 
 def test_a_larger_purifier_before_a_smaller_classifier(pixel_values):

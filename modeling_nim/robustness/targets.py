@@ -14,8 +14,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, AutoModelForPreTraining
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForPreTraining,
+    ViTMAEConfig,
+)
 
+from modeling_nim.modeling_nim import NIMForPreTraining
 from modeling_nim.modeling_nim_purified import NIMPurifiedImageClassification
 from modeling_nim.noise_nim import denormalize, normalize, parse_sigma
 
@@ -240,7 +247,9 @@ def _load(auto_class: type, path: str) -> nn.Module:
         raise FileNotFoundError(f"there is no model directory {path!r}; train one, or name a Hub id such as org/name")
     if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
         raise FileNotFoundError(f"{path!r} holds no config.json; name a directory written by save_pretrained")
-    AutoConfig.from_pretrained(path)  # the shortest error where the configuration itself is bad
+    config = AutoConfig.from_pretrained(path)  # the shortest error where the configuration itself is bad
+    if auto_class is AutoModelForPreTraining and config.model_type == ViTMAEConfig.model_type:
+        auto_class = NIMForPreTraining  # transformers' own MAE cannot purify; its checkpoints load into ours
     model, info = auto_class.from_pretrained(path, output_loading_info=True)
     if info["missing_keys"] or info["mismatched_keys"]:
         missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
