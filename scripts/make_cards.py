@@ -13,7 +13,7 @@ A `card.yaml` says where the facts are, and nothing else; paths are relative to 
     summaries: [results/digits/summary.json]                     # of run_attack.py
     model: purified                                              # what the summaries call this model
     sigma: 75                                                    # optional: which of its sigmas, where there are several
-    paper: {source: Table 1 of the paper, rows: [{system: NIM-MAE, clean: 81.3, ...}]}   # optional, shown as the paper's
+    paper_systems: [NIM-MAE]                                     # optional: rows of Table 1, shown as the paper's
 
 The model's own facts come from `config.json` beside `card.yaml`.
 """
@@ -41,6 +41,7 @@ from modeling_nim.training.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = ROOT / "model_cards" / "TEMPLATE.md"
+PAPER = ROOT / "scripts" / "recipes" / "imagenet" / "paper.yaml"
 KINDS = {
     "NIMForPreTraining": "denoiser",
     "NIMSimMIMForPreTraining": "denoiser",
@@ -72,12 +73,6 @@ class DataFacts:
 
 
 @dataclass
-class PaperFacts:
-    source: str
-    rows: list[dict[str, Any]]
-
-
-@dataclass
 class CardFacts:
     """The content of a card.yaml; see the module's docstring."""
 
@@ -87,7 +82,7 @@ class CardFacts:
     summaries: list[str] = field(default_factory=list)
     model: str | None = None
     sigma: float | str | None = None
-    paper: PaperFacts | None = None
+    paper_systems: list[str] = field(default_factory=list)
     license: str = "apache-2.0"
 
 
@@ -132,8 +127,7 @@ def render_card(name: str, facts: CardFacts, config: PreTrainedConfig, root: Pat
             for summary in summaries
             for alarm in summary.get("alarms", [])
         ],
-        paper_rows=[] if facts.paper is None else facts.paper.rows,
-        paper_source="" if facts.paper is None else facts.paper.source,
+        paper_rows=_paper_rows(facts.paper_systems),
         limits=_limits(kind, config, own),
         reproduce=_reproduce(facts, root),
     )
@@ -359,6 +353,25 @@ def _attack_text(row: dict[str, Any]) -> str:
 def _results_line(facts: CardFacts, kind: str) -> str:
     marked = " This model's rows are in bold." if facts.model is not None and kind != "denoiser" else ""
     return f"Accuracy on {facts.data.name}, split `{facts.data.split}`.{marked}"
+
+
+def _paper_rows(systems: Sequence[str]) -> list[dict[str, str]]:
+    """Rows of the paper's Table 1 for the systems named, from the file that also `paper_tables.py` reads."""
+    if not systems:
+        return []
+    [table] = [
+        t for t in yaml.safe_load(PAPER.read_text(encoding="utf-8"))["tables"] if t["title"].startswith("Table 1")
+    ]
+    known = {row["system"] for row in table["rows"]}
+    for system in systems:
+        if system not in known:
+            raise ValueError(f"the paper's Table 1 has no system {system!r}; known: {', '.join(sorted(known))}")
+    return [
+        {"system": row["system"], "defence": "none" if row["defence"] == "-" else row["defence"]}
+        | {column: f"{value:.2f}" for column, value in row["paper"].items()}
+        for row in table["rows"]
+        if row["system"] in systems
+    ]
 
 
 def _provenance(provenance: dict[str, Any]) -> list[str]:

@@ -195,10 +195,7 @@ def repository(make_cards, world, monkeypatch):
         "summaries": ["summary.json"],
         "model": "purified",
         "sigma": 75,
-        "paper": {
-            "source": "Table 1, ImageNet-1K",
-            "rows": [{"system": "NIM-MAE", "clean": 81.3, "white_box": 43.92, "gray_box": 68.99, "black_box": 72.85}],
-        },
+        "paper_systems": ["NIM-MAE"],
     }
     (folder / "card.yaml").write_text(yaml.safe_dump(card))
 
@@ -217,8 +214,8 @@ def test_cards_are_made_checked_and_stay_the_same(repository, capsys):
     assert not (folder / "README.md").exists()
     assert call() == 0
     text = (folder / "README.md").read_text()
-    assert "**The paper's numbers, not this model's** (Table 1, ImageNet-1K):" in text
-    assert "| NIM-MAE | 81.3 | 43.92 | 68.99 | 72.85 |" in text
+    assert "**The paper's numbers, not this model's** (Table 1; ImageNet-1K" in text
+    assert "| NIM-MAE | sigma 30 | 81.30 | 43.92 | 68.99 | 72.85 |" in text
     assert call("--check") == 0
     (folder / "README.md").write_text(text.replace("76.4", "86.4"))
     capsys.readouterr()
