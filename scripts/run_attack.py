@@ -110,7 +110,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             if job.attack is not None:
                 attacks[group] = {"kind": job.attack.kind} | job.attack.settings(job.epsilon_255)
         if recipe.pictures is not None:
-            store_pictures(output_dir, recipe.pictures, targets, jobs, load_batch, plan.num_draws, recipe.micro_batch)
+            store_pictures(
+                output_dir,
+                recipe.pictures,
+                targets,
+                jobs,
+                load_batch,
+                plan.num_draws,
+                recipe.micro_batch,
+                source.class_names,
+            )
         if recipe.reconstruction is not None:
             purifiers = {name: load_purifier(path, device) for name, path in recipe.reconstruction.purifiers.items()}
             write_jsonl(

@@ -318,46 +318,49 @@ def square(
     """Square attack, L-inf: random squares are kept when they raise the margin loss, averaged over the oracle's draws.
 
     `queries` counts the model's answers per image, every draw of an average included. `stop_when_wrong` ends an image at its
-    first wrong answer; for a randomised model that would reward one lucky draw, so it is for deterministic ones.
+    first wrong answer. For a randomised model that would reward one lucky draw, so it is for deterministic ones; and there
+    the loss that a square was kept for is the luckiest of many, so it is measured again before anything is compared with it.
     """
     batch, channels, height, width = images_01.shape
-    generators = oracle.generators(torch.device("cpu"))  # its choices are few numbers, used on the host
     device = images_01.device
-
+    generators = oracle.generators(torch.device("cpu"))  # its choices are few numbers, used on the host
     stripes = torch.stack([_random_signs((channels, 1, width), generator) for generator in generators]).to(device)
     adversarial = (images_01 + epsilon * stripes).clamp(0, 1)
     best_loss = oracle.loss(adversarial)
-    num_proposals = queries // oracle.eot_samples
-    for proposal in range(1, num_proposals):
-        active = (best_loss < 0).nonzero().flatten().tolist() if stop_when_wrong else list(range(batch))
+    measure_again = not stop_when_wrong
+    while True:
+        left = oracle.queries <= queries - oracle.eot_samples * (2 if measure_again else 1)
+        if stop_when_wrong:
+            left &= (best_loss < 0).cpu()
+        active = left.nonzero().flatten().tolist()
         if not active:
-            break
-        side = _square_side(initial_share, proposal, num_proposals, height, width)
+            return adversarial
         candidates = adversarial[active].clone()
         for row, image in enumerate(active):
             generator = generators[image]
+            side = _square_side(initial_share, int(oracle.queries[image]) / queries, height, width)
             top = int(torch.randint(height - side + 1, (), generator=generator))
-            left = int(torch.randint(width - side + 1, (), generator=generator))
-            window = (slice(None), slice(top, top + side), slice(left, left + side))
+            left_edge = int(torch.randint(width - side + 1, (), generator=generator))
+            window = (slice(None), slice(top, top + side), slice(left_edge, left_edge + side))
             signs = _random_signs((channels, 1, 1), generator).to(device)
             candidates[row][window] = (images_01[image][window] + epsilon * signs).clamp(0, 1)
         losses = oracle.loss(candidates, active)
-        active = torch.tensor(active, device=device)
-        better = losses > best_loss[active]
-        adversarial[active[better]] = candidates[better]
-        best_loss[active[better]] = losses[better]
-    return adversarial
+        index = torch.tensor(active, device=device)
+        better = losses > best_loss[index]
+        kept = index[better]
+        adversarial[kept] = candidates[better]
+        best_loss[kept] = losses[better]
+        if measure_again and len(kept):
+            best_loss[kept] = oracle.loss(adversarial[kept], kept.tolist())
 
 
 def _random_signs(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     return 2.0 * torch.randint(2, shape, generator=generator) - 1.0
 
 
-def _square_side(initial_share: float, proposal: int, num_proposals: int, height: int, width: int) -> int:
+def _square_side(initial_share: float, progress: float, height: int, width: int) -> int:
     """Side of the square: the share of pixels is halved at fixed fractions of the budget (the paper's schedule)."""
-    halvings = sum(
-        proposal / num_proposals > limit / 10_000 for limit in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-    )
+    halvings = sum(progress > limit / 10_000 for limit in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
     side = round(math.sqrt(initial_share / 2**halvings * height * width))
     return min(max(side, 1), height, width)
 

@@ -17,7 +17,7 @@ from modeling_nim.noise_nim import normalize
 
 from .draws import PICTURE, RECONSTRUCTION, stream_seed
 from .evaluation import attack_images
-from .protocols import Job, PicturesRecipe, ReconstructionRecipe
+from .protocols import Job, PicturesRecipe, ReconstructionRecipe, is_among
 from .records import write_json
 from .targets import PurifiedTarget, Target
 
@@ -30,6 +30,7 @@ def store_pictures(
     load_batch: Callable[[int, range], tuple[torch.Tensor, torch.Tensor, list[str]]],
     num_draws: int,
     micro_batch: int,
+    class_names: Sequence[str],
 ) -> None:
     """Attacks the first images once more and stores every stage: `pictures.json` lists them, `pictures.safetensors` has
     the pixels, float32 in [0, 1] units (degraded images lie outside of it).
@@ -40,6 +41,8 @@ def store_pictures(
     pixels: dict[str, torch.Tensor] = {}
     for index, target in enumerate(targets):
         if recipe.models is not None and target.name not in recipe.models:
+            continue
+        if recipe.sigmas is not None and target.sigma is not None and not is_among(target.sigma, recipe.sigmas):
             continue
         chosen = [
             job
@@ -89,11 +92,11 @@ def store_pictures(
     directory = Path(directory)
     save_file(pixels, directory / "pictures.safetensors.part")
     os.replace(directory / "pictures.safetensors.part", directory / "pictures.safetensors")
-    write_json(directory / "pictures.json", entries)
+    write_json(directory / "pictures.json", {"class_names": list(class_names), "entries": entries})
 
 
-def load_pictures(directory: str | os.PathLike) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    """Entries and pixels as `store_pictures` wrote them."""
+def load_pictures(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """`{"class_names", "entries"}` and the pixels, as `store_pictures` wrote them."""
     directory = Path(directory)
     if not (directory / "pictures.json").exists():
         raise FileNotFoundError(f"{str(directory)!r} has no pictures.json: run the attack with a 'pictures' section")

@@ -373,13 +373,13 @@ def plan_jobs(plan: Protocol, targets: list[Target], num_images: int) -> list[Jo
     jobs: list[Job] = []
     for index, target in enumerate(targets):
         planned = set()  # of a model without randomness, on which many settings come to the same
-        jobs += [Job(index, None, "clean", 0.0, seed, total) for seed in plan.seeds]
+        attacked: list[Job] = []
         for attack in plan.attacks:
             for missing in {*(attack.models or []), *([attack.source] if attack.source else [])} - names:
                 raise ValueError(f"attack {attack.label!r} names model {missing!r}; the recipe has {sorted(names)}")
             if attack.models is not None and target.name not in attack.models:
                 continue
-            if attack.sigmas is not None and target.sigma is not None and not _is_among(target.sigma, attack.sigmas):
+            if attack.sigmas is not None and target.sigma is not None and not is_among(target.sigma, attack.sigmas):
                 continue
             if attack.source == target.name or (attack.attack == "patch_mean" and target.sigma is None):
                 continue
@@ -402,11 +402,16 @@ def plan_jobs(plan: Protocol, targets: list[Target], num_images: int) -> list[Jo
                     planned.add(same)
                     for seed in plan.seeds if attack.seeds is None else attack.seeds:
                         images = min(total, attack.num_images or total)
-                        jobs.append(Job(index, used, threat, epsilon, seed, images))
+                        attacked.append(Job(index, used, threat, epsilon, seed, images))
+        # the control answers for every image that is attacked, with every seed
+        seeds = sorted({*plan.seeds, *(job.seed for job in attacked)})
+        images = max((job.num_images for job in attacked), default=total)
+        jobs += [Job(index, None, "clean", 0.0, seed, images) for seed in seeds] + attacked
     return jobs
 
 
-def _is_among(sigma: str, sigmas: list[float | str]) -> bool:
+def is_among(sigma: str, sigmas: list[float | str]) -> bool:
+    """Whether a target's sigma is one of those a recipe lists; masking has none and always is."""
     if sigma == "mask":
         return True
     return any(parse_sigma(sigma) == parse_sigma(other) for other in sigmas)

@@ -1,0 +1,84 @@
+"""Draws every figure that the records in a directory allow; no model and no data set is needed.
+
+    python scripts/make_figures.py outputs/demo
+    python scripts/make_figures.py outputs/demo outputs/certify --output_dir figures
+
+| file | figure of the paper | from |
+|---|---|---|
+| panel.png | 4: clean and attacked images through the defence | pictures.json, pictures.safetensors |
+| degradations.png | 8: noisy and reconstructed images | pictures.json, pictures.safetensors |
+| models.png | 5: clean and robust accuracy of several models | summary.json |
+| sigma_curve.png | 7: accuracy against the sigma of the defence | summary.json |
+| reconstruction.png | 3, 6: reconstruction loss against sigma | reconstruction.jsonl |
+| certified.png | certified accuracy against the radius | certificates.jsonl |
+
+Records of several directories are drawn together where they are of one kind.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from modeling_nim.cli import run_main
+from modeling_nim.robustness import figures
+from modeling_nim.robustness.pictures import load_pictures
+from modeling_nim.robustness.records import read_jsonl
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directories", nargs="+", help="output_dir of run_attack.py or run_certify.py")
+    parser.add_argument("--output_dir", help="where the pictures go; default: the first directory")
+    parser.add_argument("--dpi", type=int, default=140)
+    arguments = parser.parse_args(argv)
+    directories = [Path(directory) for directory in arguments.directories]
+    output_dir = Path(arguments.output_dir or directories[0])
+    for directory in directories:
+        if not directory.is_dir():
+            raise FileNotFoundError(
+                f"there is no directory {str(directory)!r}; make records with scripts/run_attack.py"
+            )
+
+    drawn: dict[str, Figure] = {}
+    rows = []
+    for directory in directories:
+        if (directory / "summary.json").exists():
+            rows += json.loads((directory / "summary.json").read_text())["rows"]
+    if any(row["name"] != "none" for row in rows):
+        drawn["models"] = figures.accuracy_of_models(rows)
+        if len({row["sigma"] for row in rows if isinstance(row["sigma"], (int, float))}) > 1:
+            drawn["sigma_curve"] = figures.accuracy_against_sigma(rows)
+    for directory in directories:
+        if (directory / "pictures.json").exists() and "panel" not in drawn:
+            content, pixels = load_pictures(directory)
+            drawn["panel"] = figures.panel(content["entries"], pixels, content["class_names"])
+            if any("purified" in entry["stages"] for entry in content["entries"]):
+                drawn["degradations"] = figures.degradations(content["entries"], pixels)
+    for name, file, draw in (
+        ("reconstruction", "reconstruction.jsonl", figures.reconstruction_loss),
+        ("certified", "certificates.jsonl", figures.certified_accuracy),
+    ):
+        records = [
+            line for directory in directories if (directory / file).exists() for line in read_jsonl(directory / file)
+        ]
+        if records:
+            drawn[name] = draw(records)
+    if not drawn:
+        raise FileNotFoundError(
+            f"{', '.join(arguments.directories)}: no records to draw; run scripts/run_attack.py first"
+        )
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for name, figure in drawn.items():
+        part = output_dir / f"{name}.part.png"
+        figure.savefig(part, dpi=arguments.dpi)
+        os.replace(part, output_dir / f"{name}.png")
+        print(output_dir / f"{name}.png")
+
+
+if __name__ == "__main__":
+    run_main(main)
