@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
@@ -409,10 +410,13 @@ class CopySharedRelativePositions(ConversionOps):
         input_dict: dict[str, list[torch.Tensor]],
         source_patterns: Sequence[str],
         target_patterns: Sequence[str],
-        config: NIMSimMIMClassifierConfig,
+        model: PreTrainedModel,
+        full_layer_name: str,
         **kwargs,
     ) -> dict[str, torch.Tensor]:
         (tables,) = input_dict.values()
+        # The part of the model that the table belongs to: it may not be the whole.
+        config = model.get_submodule(full_layer_name.partition(".layers.0.")[0]).config
         side = config.image_size // config.patch_size
         table = resize_relative_positions(tables[0] if isinstance(tables, list) else tables, (side, side))
         names = [target_patterns[0].replace(".0.", f".{layer}.") for layer in range(config.num_hidden_layers)]

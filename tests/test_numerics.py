@@ -357,3 +357,19 @@ def test_loading_at_another_image_size_interpolates_both_position_tables_in_two_
     assert torch.equal(
         NIMForPreTraining.from_pretrained(tmp_path).decoder.decoder_pos_embed, model.decoder.decoder_pos_embed
     )
+
+
+def test_trained_positions_survive_inside_the_purified_model(tmp_path):
+    """Tables that are not the formula's: a part must be loaded as it was saved, whatever the whole's configuration says."""
+    purifier, classifier = nim_mae(image_size=32, patch_size=8), CLASSIFIERS["mae"]()
+    for table in (
+        purifier.vit.embeddings.position_embeddings,
+        purifier.decoder.decoder_pos_embed,
+        classifier.vit.embeddings.position_embeddings,
+    ):
+        table.data.normal_()
+    model = NIMPurifiedImageClassification.from_parts(purifier, classifier)
+    model.save_pretrained(tmp_path)
+    again = NIMPurifiedImageClassification.from_pretrained(tmp_path)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight), name
