@@ -296,7 +296,8 @@ def _stage_settings(path: Path) -> list[tuple[str, str]]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no recipe {path}: correct the path in card.yaml")
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return [(key, f"`{value}`") for key, value in _leaves(recipe) if not key.startswith(EXECUTION_KEYS)]
+    kept = [(key, value) for key, value in _leaves(recipe) if not key.startswith(EXECUTION_KEYS)]
+    return [(key, f"`{value}`") for key, value in kept if value is not None and value != []]
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -376,10 +377,10 @@ def _paper_rows(systems: Sequence[str]) -> list[dict[str, str]]:
 
 def _provenance(provenance: dict[str, Any]) -> list[str]:
     """Where the numbers come from, one line per fact; nested values as compact JSON."""
-    lines = []
+    hashes = [f"{name} `{model['hash'][:12]}`" for name, model in provenance.get("models", {}).items()]
+    lines = [f"weights (start of their SHA-256): {', '.join(hashes)}"] if hashes else []
     for key, label in (
         ("data", "data"),
-        ("models", "models"),
         ("protocol", "protocol"),
         ("seeds", "seeds"),
         ("seed", "seed"),

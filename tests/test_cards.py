@@ -94,7 +94,7 @@ def world(tmp_path):
     (tmp_path / "finetune" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     provenance = {
         "data": "digits 0123",
-        "models": {"purified @ sigma 75": {"hash": "abc"}},
+        "models": {"purified @ sigma 75": {"hash": "0123456789abcdef"}},
         "device": "cpu",
         "versions": {"torch": "2"},
         "seeds": [0],
@@ -140,6 +140,7 @@ def test_the_table_has_every_row_with_its_interval(purified_card):
     assert "| purified | 30 | none | clean | 0 | 93.3 [" in purified_card  # another sigma is not this model's
     assert "square (1000 queries)" in purified_card
     assert "data: `digits 0123`" in purified_card
+    assert "weights (start of their SHA-256): purified @ sigma 75 `0123456789ab`" in purified_card
     assert "too few images (pgd): 360 images do not rank 2 models" in purified_card
 
 
