@@ -124,10 +124,8 @@ def main() -> None:
     # Where to begin: everything that is random about an image depends on (seed, epoch, image), not on what was before
     checkpoints = os.path.join(recipe.output_dir, "checkpoints")
     step, state = load_newest_checkpoint(accelerator, checkpoints, average) or (0, {"best_accuracy": -1.0})
-    loader = training_loader(
-        images, recipe.data, plan.global_batch_size, plan.per_device_batch_size, step, plan.num_steps
-    )
-    loader = accelerator.prepare(loader)
+    batch_sizes = (plan.global_batch_size, plan.per_device_batch_size)
+    loader = training_loader(accelerator, images, recipe.data, *batch_sizes, step, plan.num_steps)
     validation_loader = None
     if recipe.validation.split != "none":
         held_out = EvaluationImages(
@@ -192,7 +190,7 @@ def main() -> None:
                 save_model_dir(accelerator, model, os.path.join(recipe.output_dir, "best"), average)
         if saving:
             save_checkpoint(accelerator, checkpoints, step, state, recipe.checkpoints.keep, average)
-        if stopping:
+        if stopping or step == plan.num_steps:
             break
 
     reporter.close()

@@ -80,10 +80,8 @@ def main() -> None:
     # Where to begin: everything that is random about an image depends on (seed, epoch, image), not on what was before
     checkpoints = os.path.join(recipe.output_dir, "checkpoints")
     step, _ = load_newest_checkpoint(accelerator, checkpoints, average) or (0, {})
-    loader = training_loader(
-        images, recipe.data, plan.global_batch_size, plan.per_device_batch_size, step, plan.num_steps
-    )
-    loader = accelerator.prepare(loader)
+    batch_sizes = (plan.global_batch_size, plan.per_device_batch_size)
+    loader = training_loader(accelerator, images, recipe.data, *batch_sizes, step, plan.num_steps)
     reporter = Reporter(accelerator, recipe.output_dir, step, plan.num_steps)
     save_recipe(accelerator, recipe)
     stop = StopSignal(accelerator)
@@ -119,7 +117,7 @@ def main() -> None:
             reporter.report(step, learning_rate)  # raises before a NaN can reach a checkpoint
         if saving:
             save_checkpoint(accelerator, checkpoints, step, {}, recipe.checkpoints.keep, average)
-        if stopping:
+        if stopping or step == plan.num_steps:
             break
 
     reporter.close()

@@ -85,7 +85,9 @@ def start(script: str, recipe: dict, output_dir: Path, *overrides: str, num_proc
     return process
 
 
-def run(script: str, recipe: dict, output_dir: Path, *overrides: str, num_processes: int = 1, exit_code: int = 0) -> str:
+def run(
+    script: str, recipe: dict, output_dir: Path, *overrides: str, num_processes: int = 1, exit_code: int = 0
+) -> str:
     """Run a script to its end; returns what it printed."""
     process = start(script, recipe, output_dir, *overrides, num_processes=num_processes)
     process.join(120)

@@ -1,18 +1,21 @@
 """From a source to the batches of a training step, in an order that is a function of (seed, step) alone."""
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+from accelerate import Accelerator
+from accelerate.data_loader import DataLoaderShard
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from .decode import BadImageError, decode_window, resize_window
 from .randomness import image_seeds, uniforms
-from .sources import DataRecipe, ImageSource
+from .sources import DataRecipe, ImageSource, StreamSource
 
 
 NUM_CROP_ATTEMPTS = 10
@@ -82,7 +85,14 @@ class TrainingImages(Dataset):
     the images that were skipped. A skipped image is replaced by the next good one: every step has its full batch.
     """
 
-    def __init__(self, source: ImageSource, crop: CropRecipe, image_size: int, seed: int, on_bad_image: str = "raise"):
+    def __init__(
+        self,
+        source: ImageSource | StreamSource,
+        crop: CropRecipe,
+        image_size: int,
+        seed: int,
+        on_bad_image: str = "raise",
+    ):
         self.source, self.crop, self.image_size, self.seed = source, crop, image_size, seed
         self.on_bad_image = on_bad_image
 
@@ -94,8 +104,29 @@ class TrainingImages(Dataset):
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, Any]:
         epochs, indices = (np.asarray(column, dtype=np.int64) for column in zip(*keys, strict=True))
+        return self.batch(epochs, indices, (self._good_images(int(index)) for index in indices))
+
+    def _good_images(self, index: int) -> Iterator[tuple[bytes | np.ndarray, int, str]]:
+        """The image at `index` and, in case it is bad, those after it."""
+        for attempt in range(min(len(self.source), MAX_REPLACEMENTS)):
+            where = (index + attempt) % len(self.source)
+            yield *self.source.stored(where), self.source.image_id(where)
+
+    def batch(
+        self,
+        epochs: np.ndarray,
+        indices: np.ndarray,
+        candidates: Iterable[Iterator[tuple[bytes | np.ndarray, int, str]]],
+    ) -> dict[str, Any]:
+        """Decode, cut and turn one image for each key: the first good one of its candidates `(stored, label, id)`."""
         numbers = uniforms(image_seeds(self.seed, epochs, indices, "crop"), 2 * NUM_CROP_ATTEMPTS + 3)
-        pixels, labels, bad_images = self._read(indices, numbers)
+        pixels = np.empty((len(indices), self.image_size, self.image_size, 3), np.uint8)
+        labels, bad_images = [], []
+        for position, images in enumerate(candidates):
+            image, label = self._first_good(images, numbers[position, :-1], bad_images)
+            flipped = self.crop.flip and numbers[position, -1] < 0.5
+            pixels[position] = cv2.flip(image, 1) if flipped else image
+            labels.append(label)
         if self.crop.crop == "padded":
             pixels = self._shift(pixels, numbers)
         return {
@@ -106,42 +137,26 @@ class TrainingImages(Dataset):
             "bad_images": bad_images,
         }
 
-    def _read(self, indices: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, list[int], list[str]]:
-        pixels = np.empty((len(indices), self.image_size, self.image_size, 3), np.uint8)
-        labels, bad_images = [], []
-        for position, index in enumerate(indices):
-            image, label, bad = self._read_good(int(index), numbers[position])
-            flipped = self.crop.flip and numbers[position, -1] < 0.5
-            pixels[position] = cv2.flip(image, 1) if flipped else image
-            labels.append(label)
-            bad_images += bad
-        return pixels, labels, bad_images
-
-    def _read_good(self, index: int, numbers: np.ndarray) -> tuple[np.ndarray, int, list[str]]:
-        """The image at `index` or, when bad ones may be skipped, the first good one after it."""
+    def _first_good(
+        self, images: Iterator[tuple[bytes | np.ndarray, int, str]], numbers: np.ndarray, bad_images: list[str]
+    ) -> tuple[np.ndarray, int]:
+        """Pixels and label of the first image that can be read; the messages of those before it go to `bad_images`."""
 
         def window(height: int, width: int) -> tuple[int, int, int, int]:
             if self.crop.crop == "random_resized":
-                return random_window(height, width, numbers[:-1], (self.crop.min_scale, 1.0))
+                return random_window(height, width, numbers, (self.crop.min_scale, 1.0))
             return centre_window(height, width)
 
-        bad_images = []
-        for _ in range(min(len(self.source), MAX_REPLACEMENTS)):
+        for stored, label, image_id in images:
             try:
-                stored, label = self.source.stored(index)
                 if isinstance(stored, np.ndarray):
-                    return resize_window(stored, window, self.image_size), label, bad_images
-                return (
-                    decode_window(stored, self.source.image_id(index), window, self.image_size),
-                    label,
-                    bad_images,
-                )
+                    return resize_window(stored, window, self.image_size), label
+                return decode_window(stored, image_id, window, self.image_size), label
             except BadImageError as error:
                 if self.on_bad_image == "raise":
                     raise BadImageError(f"{error}; data.on_bad_image=skip leaves such images out") from None
                 bad_images.append(str(error))
-                index = (index + 1) % len(self.source)
-        raise ValueError(f"{len(bad_images)} images in a row cannot be read; the first: {bad_images[0]}")
+        raise ValueError(f"too many bad images in a row, the last: {bad_images[-1]}")
 
     def _shift(self, pixels: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """Each image cut out of itself with a black border, at its own place."""
@@ -179,23 +194,56 @@ class StepSampler(Sampler):
                 yield epoch, int(index)
 
 
+class StreamedImages(IterableDataset):
+    """Batches as `TrainingImages` makes them, from a stream, without end."""
+
+    def __init__(self, images: TrainingImages, batch_size: int, seed: int, rank: int, num_processes: int):
+        self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.rank, self.num_processes = rank, num_processes
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        lanes = self.num_processes * (worker.num_workers if worker else 1)
+        lane = self.rank + self.num_processes * (worker.id if worker else 0)
+        stream = self.images.source.epochs(self.seed, self.rank, self.num_processes)
+        if (head := next(stream, None)) is None:  # more workers than shards: nothing for this one
+            return
+        stream = itertools.chain([head], stream)
+        for first in itertools.count(0, self.batch_size):
+            # no image has a number of its own here: its place in the stream seeds what is random about it
+            indices = (first + np.arange(self.batch_size)) * lanes + lane
+            candidates = (itertools.islice(stream, MAX_REPLACEMENTS) for _ in indices)
+            yield self.images.batch(np.full(self.batch_size, self.seed), indices, candidates)
+
+
 def training_loader(
-    images: TrainingImages, recipe: DataRecipe, batch_size: int, micro_batch_size: int, start_step: int, num_steps: int
-) -> DataLoader:
-    """The micro-batches of the steps `start_step`..`num_steps`, for `accelerator.prepare` to share among processes.
+    accelerator: Accelerator,
+    images: TrainingImages,
+    recipe: DataRecipe,
+    batch_size: int,
+    micro_batch_size: int,
+    start_step: int,
+    num_steps: int,
+) -> Iterable[dict[str, Any]]:
+    """The micro-batches of this process for the steps `start_step`..`num_steps` (a stream goes on without end).
 
     `batch_size` images make a step of all processes, `micro_batch_size` a batch of the loader.
     """
+    settings = {
+        "num_workers": recipe.num_workers,
+        "pin_memory": torch.cuda.is_available(),
+        "prefetch_factor": 4 if recipe.num_workers else None,
+        "generator": torch.Generator(),  # the workers' seeds must not move the global random state
+    }
+    if isinstance(images.source, StreamSource):
+        # a resumed stream begins at another place: its buffer is gone, and the same images again would be worse
+        stream = StreamedImages(
+            images, micro_batch_size, images.seed + start_step, accelerator.process_index, accelerator.num_processes
+        )
+        return DataLoaderShard(stream, device=accelerator.device, batch_size=None, **settings)
     sampler = StepSampler(len(images), batch_size, images.seed, start_step, num_steps)
-    return DataLoader(
-        images,
-        batch_sampler=BatchSampler(sampler, micro_batch_size, drop_last=True),
-        num_workers=recipe.num_workers,
-        collate_fn=_as_fetched,
-        pin_memory=torch.cuda.is_available(),
-        prefetch_factor=4 if recipe.num_workers else None,
-        generator=torch.Generator(),  # the workers' seeds must not move the global random state
-    )
+    batches = BatchSampler(sampler, micro_batch_size, drop_last=True)
+    return accelerator.prepare(DataLoader(images, batch_sampler=batches, collate_fn=_as_fetched, **settings))
 
 
 def _as_fetched(batch):

@@ -3,7 +3,9 @@
 import glob
 import hashlib
 import io
+import itertools
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,10 +43,11 @@ class DataRecipe:
     split_seed: int = 0
     # hold the decoded images of a small data set in memory, uint8; they must all have one size
     cache_in_memory: bool = False
-    # read training data front to back through a shuffle buffer instead of at random: for disks smaller than the data
+    # read training data front to back through a shuffle buffer instead of at random, for disks smaller than the data; a
+    # resumed run then sees other images than the unbroken one would have
     streaming: bool = False
     shuffle_buffer: int = 10_000
-    # images in the training split; only a stream needs to be told
+    # images in the training split, for a stream that does not know
     num_images: int | None = None
     on_bad_image: Literal["raise", "skip"] = "raise"
     num_workers: int = 0
@@ -56,6 +59,8 @@ class DataRecipe:
             raise ValueError(f"data.validation_fraction must be in [0, 1), got {self.validation_fraction}")
         if self.streaming and self.source == "digits":
             raise ValueError("data.streaming is for data on disk or on the Hub; digits are in memory anyway")
+        if self.streaming and (self.cache_in_memory or self.validation_fraction):
+            raise ValueError("data.streaming has no random access: unset data.cache_in_memory and validation_fraction")
 
 
 class ImageSource:
@@ -87,12 +92,16 @@ class ImageSource:
         return decode_rgb(stored, self.image_id(index)), label
 
 
-def load_source(recipe: DataRecipe, split: Literal["train", "validation", "test"]) -> ImageSource:
+def load_source(recipe: DataRecipe, split: Literal["train", "validation", "test"]) -> "ImageSource | StreamSource":
     """The images of one split.
 
     "train" leaves out what "validation" holds (`validation_fraction` of the source's training split); "test" is the
-    source's test split. Raises FileNotFoundError or ValueError that name the path and the remedy when there are no images.
+    source's test split. With `streaming`, "train" is a `StreamSource`.
+
+    Raises FileNotFoundError or ValueError that name the path and the remedy when there are no images.
     """
+    if split == "train" and recipe.streaming:
+        return StreamSource(recipe)
     if split == "test":
         source = _open(recipe, recipe.test_split, is_test=True)
     elif split in ("train", "validation"):
@@ -309,6 +318,64 @@ class TarSource(ImageSource):
 
     def image_id(self, index):
         return f"{os.path.basename(self.shards[self.shard[index]])}/{self.keys[index]}"
+
+
+class StreamSource:
+    """The training split as a stream of `(encoded bytes, label, image id)`; it has a length but no random access."""
+
+    def __init__(self, recipe: DataRecipe):
+        import datasets
+
+        split, self.image_column, self.label_column = recipe.train_split, recipe.image_column, recipe.label_column
+        if recipe.source == "hub":
+            rows = load_hub_dataset(recipe, split, streaming=True)
+        else:
+            if recipe.source == "folder":
+                builder, files = "imagefolder", {"data_dir": os.path.join(recipe.path, split)}
+                self.image_column, self.label_column, split = "image", "label", "train"
+            else:
+                suffix = ".parquet" if recipe.source == "parquet" else ".tar"
+                builder, files = recipe.source, {"data_files": {split: shard_files(recipe.path, split, suffix)}}
+            rows = datasets.load_dataset(builder, split=split, streaming=True, **files)
+        if recipe.source == "webdataset":
+            columns = rows.column_names or []
+            self.image_column = next((name for name in columns if f".{name}" in IMAGE_SUFFIXES), "jpg")
+            self.label_column = "cls"
+        for column in (self.image_column, self.label_column):
+            if column not in (rows.column_names or []):
+                raise ValueError(f"{recipe.path!r} has no column {column!r}; its columns: {rows.column_names}")
+        known = rows.info.splits[split].num_examples if rows.info.splits and split in rows.info.splits else None
+        self.num_images = recipe.num_images or known
+        if not self.num_images:
+            raise ValueError(f"how many images {recipe.path!r} streams is not known; set data.num_images")
+        # None where the labels are bare numbers: how many there are, a stream cannot tell
+        self.class_names = getattr(rows.features[self.label_column], "names", None)
+        self.rows = rows.cast_column(self.image_column, datasets.Image(decode=False))
+        self.shuffle_buffer = recipe.shuffle_buffer
+        self.fingerprint = f"stream:{recipe.source}:{recipe.path}/{split}:{self.num_images}"
+
+    def __len__(self):
+        return self.num_images
+
+    def epochs(self, seed: int, rank: int, num_processes: int) -> Iterator[tuple[bytes, int, str]]:
+        """This process's share, epoch after epoch without end, shuffled; loader workers share it further."""
+        from datasets.distributed import split_dataset_by_node
+
+        rows = self.rows.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
+        if num_processes > 1:
+            rows = split_dataset_by_node(rows, rank, num_processes)
+        for epoch in itertools.count():
+            rows.set_epoch(epoch)
+            number = -1
+            for number, row in enumerate(rows):
+                image = row[self.image_column]
+                encoded = image["bytes"]
+                if encoded is None:
+                    with open(image["path"], "rb") as file:
+                        encoded = file.read()
+                yield encoded, int(row[self.label_column]), image["path"] or f"epoch {epoch}, row {number}"
+            if number < 0:  # more workers than shards: nothing for this one
+                return
 
 
 class SubsetSource(ImageSource):

@@ -99,12 +99,14 @@ def draw_degradation(
     return {"noise": torch.stack(order).to(device)}
 
 
-def load_classifier(path: str, class_names: list[str], drop_path_rate: float) -> PreTrainedModel:
+def load_classifier(path: str, class_names: list[str] | None, drop_path_rate: float) -> PreTrainedModel:
     """The classifier that starts from the pre-trained model at `path`: encoder loaded, `fc_norm` and head fresh.
 
     Raises FileNotFoundError when there is no model, ValueError when it is not one of ours or its weights do not fit.
     """
     require_model_dir(path)
+    if not class_names:
+        raise ValueError("the labels of this stream have no names; fine-tune without data.streaming, which counts them")
     model_type = AutoConfig.from_pretrained(path).model_type
     if model_type not in CLASSIFIERS:
         raise ValueError(

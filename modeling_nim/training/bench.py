@@ -1,0 +1,76 @@
+"""What the benchmark scripts share: the machine, its matrix peak, counted FLOPs, and their JSON."""
+
+import json
+import os
+import platform
+import time
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Device and versions, for the record."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    packages = ("torch", "transformers", "accelerate", "numpy", "Pillow", "simplejpeg", "opencv-python-headless")
+    return {
+        "device": name,
+        "cpu_threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(function, device: torch.device, repeats: int) -> list[float]:
+    """Wall-clock seconds of each of `repeats` calls, the device idle before and after."""
+    seconds = []
+    for _ in range(repeats):
+        synchronize(device)
+        before = time.perf_counter()
+        function()
+        synchronize(device)
+        seconds.append(time.perf_counter() - before)
+    return seconds
+
+
+def count_flops(function) -> int:
+    """FLOPs of the matrix products, convolutions and attention in one call; a multiply-add counts as 2."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def matrix_peak_flops(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """The device's measured matrix peak: the best rate among square products of some sizes, FLOP/s."""
+    sizes = (4096, 8192, 12288) if device.type == "cuda" else (512, 1024, 2048)
+    rates = {}
+    for size in sizes:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        seconds_of(lambda a=a, b=b: a @ b, device, 3)
+        rates[size] = 2 * size**3 / min(seconds_of(lambda a=a, b=b: a @ b, device, 10))
+    best = max(rates, key=rates.get)
+    return {"flops_per_s": rates[best], "dtype": str(dtype).removeprefix("torch."), "matrix_size": best}
+
+
+def write_json(result: dict[str, Any], path: str) -> None:
+    """Write the result, complete or not at all."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(f"{path}.incomplete", "w", encoding="utf-8") as file:
+        json.dump(result, file, indent=2)
+        file.write("\n")
+    os.replace(f"{path}.incomplete", path)

@@ -1,0 +1,92 @@
+"""Measure the training loader against the plain Pillow pipeline, on the same photos, on one core.
+
+    python scripts/bench_loader.py --path FOLDER_OF_PARQUET --split validation [--output outputs/bench/loader.json]
+
+Plain: open, convert to RGB, crop, bicubic resize, float tensor, normalise. Ours: what a loader worker does, from the stored
+bytes to the flipped uint8 batch; `ours_normalized` adds on the same core what a training step does on the device.
+"""
+
+import argparse
+import io
+import time
+
+import numpy as np
+import torch
+from PIL import Image
+
+from modeling_nim import normalize
+from modeling_nim.cli import run_main
+from modeling_nim.configuration_nim import IMAGENET_MEAN, IMAGENET_STD
+from modeling_nim.data import DataRecipe, load_source
+from modeling_nim.data.loader import NUM_CROP_ATTEMPTS, CropRecipe, TrainingImages, random_window, to_images_01
+from modeling_nim.data.randomness import image_seeds, uniforms
+from modeling_nim.training.bench import machine, write_json
+
+
+def plain_pipeline(source, indices, numbers, crop: CropRecipe, size: int) -> torch.Tensor:
+    """The pipeline that most training scripts have, with the windows that ours draws."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    images = []
+    for index, row in zip(indices, numbers, strict=True):
+        image = Image.open(io.BytesIO(source.stored(index)[0])).convert("RGB")
+        top, left, height, width = random_window(image.height, image.width, row, (crop.min_scale, 1.0))
+        image = image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BICUBIC)
+        tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
+        images.append((tensor - mean) / std)
+    return torch.stack(images)  # (B, 3, H, W)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--path", required=True)
+    parser.add_argument("--split", default="validation")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--batch_size", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", default="outputs/bench/loader.json")
+    arguments = parser.parse_args()
+
+    torch.set_num_threads(1)
+    source = load_source(DataRecipe(source="parquet", path=arguments.path, test_split=arguments.split), "test")
+    crop = CropRecipe()
+    images = TrainingImages(source, crop, arguments.size, seed=0)
+    batches = np.array_split(np.arange(len(source)), max(1, len(source) // arguments.batch_size))
+
+    def plain(epoch: int) -> None:
+        for batch in batches:
+            numbers = uniforms(image_seeds(0, epoch, batch, "crop"), 2 * NUM_CROP_ATTEMPTS + 3)[:, :-1]
+            plain_pipeline(source, batch, numbers, crop, arguments.size)
+
+    def ours(epoch: int) -> None:
+        for batch in batches:
+            images.__getitems__([(epoch, index) for index in batch])
+
+    def ours_normalized(epoch: int) -> None:
+        for batch in batches:
+            pixels = images.__getitems__([(epoch, index) for index in batch])["pixels"]
+            normalize(to_images_01(pixels), IMAGENET_MEAN, IMAGENET_STD)
+
+    seconds: dict[str, list[float]] = {"plain": [], "ours": [], "ours_normalized": []}
+    for epoch in range(arguments.rounds + 1):
+        for pipeline in (plain, ours, ours_normalized):  # in turns, so that a busy machine slows them alike
+            before = time.process_time()  # of this core alone
+            pipeline(epoch)
+            if epoch:  # round 0 warms up
+                seconds[pipeline.__name__].append(time.process_time() - before)
+    rates = {name: len(source) / float(np.median(values)) for name, values in seconds.items()}
+    result = {
+        "images_per_s_per_core": rates,
+        "ratio_to_plain": {name: rates[name] / rates["plain"] for name in ("ours", "ours_normalized")},
+        "num_images": len(source),
+        "data": source.fingerprint,
+        "size": arguments.size,
+        "rounds": arguments.rounds,
+        "clock": "process CPU time, median round",
+        **machine(torch.device("cpu")),
+    }
+    write_json(result, arguments.output)
+    print(f"plain {rates['plain']:.0f}, ours {rates['ours']:.0f} images/s on one core: {arguments.output}")
+
+
+if __name__ == "__main__":
+    run_main(main)
