@@ -15,7 +15,7 @@ from .configuration_nim import (
 from .image_processing import image_processor_for
 from .modeling_nim import NIMForImageClassification, NIMForPreTraining, NIMModel, ResizePositions
 from .modeling_nim_purified import NIMPurifiedImageClassification
-from .modeling_nim_simmim import NIMSimMIMForImageClassification, NIMSimMIMForPreTraining
+from .modeling_nim_simmim import NIMSimMIMForImageClassification, NIMSimMIMForPreTraining, NIMSimMIMModel
 from .noise_nim import add_noise, denormalize, normalize, parse_sigma, sample_sigma
 from .pipeline_nim import register_pipeline
 
@@ -35,6 +35,7 @@ __all__ = [
     "NIMSimMIMConfig",
     "NIMSimMIMForImageClassification",
     "NIMSimMIMForPreTraining",
+    "NIMSimMIMModel",
     "add_noise",
     "denormalize",
     "image_processor_for",
@@ -47,6 +48,7 @@ for _auto_class, _config, _model in [
     (AutoModel, NIMConfig, NIMModel),
     (AutoModelForPreTraining, NIMConfig, NIMForPreTraining),
     (AutoModelForImageClassification, NIMClassifierConfig, NIMForImageClassification),
+    (AutoModel, NIMSimMIMConfig, NIMSimMIMModel),
     (AutoModelForPreTraining, NIMSimMIMConfig, NIMSimMIMForPreTraining),
     (AutoModelForImageClassification, NIMSimMIMClassifierConfig, NIMSimMIMForImageClassification),
     (AutoModelForImageClassification, NIMPurifiedConfig, NIMPurifiedImageClassification),
@@ -65,7 +67,9 @@ for _name in ("NIMModel", "NIMForPreTraining", "NIMForImageClassification"):
         _name,
         [WeightRenaming(r"encoder\.layer\.", "layers.")]
         + get_checkpoint_conversion_mapping("ViTMAEForPreTraining")
-        + [WeightConverter(table, table, [ResizePositions()]) for table in ("position_embeddings", "decoder_pos_embed")],
+        + [
+            WeightConverter(table, table, [ResizePositions()]) for table in ("position_embeddings", "decoder_pos_embed")
+        ],
         overwrite=True,
     )
 

@@ -57,6 +57,14 @@ def _check_square_patches(image_size: Any, patch_size: Any) -> None:
         )
 
 
+def _with_encoder_in_auto_map(config_dict: dict[str, Any], encoder: str) -> dict[str, Any]:
+    """Lets AutoModel find the encoder of a published pre-training model, for its features."""
+    auto_map = config_dict.get("auto_map") or {}
+    if "AutoModelForPreTraining" in auto_map:
+        config_dict["auto_map"] = {"AutoModel": encoder} | auto_map
+    return config_dict
+
+
 @strict
 class NIMConfig(ViTMAEConfig):
     r"""
@@ -104,6 +112,9 @@ class NIMConfig(ViTMAEConfig):
         if config_dict.get("model_type") == ViTMAEConfig.model_type:
             config_dict = {"degradation": "mask"} | config_dict | {"model_type": cls.model_type}
         return config_dict, kwargs
+
+    def to_dict(self) -> dict[str, Any]:
+        return _with_encoder_in_auto_map(super().to_dict(), "modeling_nim.NIMModel")
 
 
 @strict
@@ -229,6 +240,9 @@ class NIMSimMIMConfig(BeitConfig):
                 raise ValueError(f"mask_ratio must be between 0 and 1, got {self.mask_ratio}")
         super().__post_init__(**kwargs)
 
+    def to_dict(self) -> dict[str, Any]:
+        return _with_encoder_in_auto_map(super().to_dict(), "modeling_nim_simmim.NIMSimMIMModel")
+
 
 @strict
 class NIMSimMIMClassifierConfig(BeitConfig):
@@ -334,7 +348,9 @@ def _sub_config(config: Any, default: type[PreTrainedConfig]) -> PreTrainedConfi
     model_type = config.pop("model_type", default.model_type)
     own = {cls.model_type: cls for cls in PART_CONFIGS}
     if model_type not in own and model_type not in CONFIG_MAPPING:
-        raise ValueError(f"model type {model_type!r} is neither one of ours ({', '.join(own)}) nor known to transformers")
+        raise ValueError(
+            f"model type {model_type!r} is neither one of ours ({', '.join(own)}) nor known to transformers"
+        )
     cls = own[model_type] if model_type in own else CONFIG_MAPPING[model_type]
     return cls(**config)
 

@@ -120,7 +120,7 @@ import json
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoModelForImageClassification, AutoModelForPreTraining, pipeline
+from transformers import AutoModel, AutoModelForImageClassification, AutoModelForPreTraining, pipeline
 
 inputs = load_file(f"{folder}/inputs.safetensors")
 outputs, answers = {}, {}
@@ -137,6 +137,11 @@ for name in names:
     outputs[name] = output.logits
     if pre_training:
         outputs[f"{name}.reconstruction"] = output.reconstruction
+        encoder = AutoModel.from_pretrained(repo_id, trust_remote_code=True).eval()
+        with torch.no_grad():
+            outputs[f"{name}.features"] = encoder(inputs["pixel_values"]).last_hidden_state
+        features = pipeline("image-feature-extraction", repo_id, trust_remote_code=True)(f"{folder}/image.png")
+        answers[name] = [len(features), len(features[0]), len(features[0][0])]
         outputs[f"{name}.purified"] = model.purify(inputs["pixel_values"], sigma=30, epsilon=inputs["epsilon"]).detach()
         continue
     pipe = pipeline("image-classification", repo_id, trust_remote_code=True)
@@ -208,6 +213,10 @@ def test_outputs_without_the_package_are_the_same(pushed, name):
     expected = {name: output.logits}
     if is_pre_training:
         expected[f"{name}.reconstruction"] = output.reconstruction
+        with torch.no_grad():
+            encoder = model.vit if name == "nim-mae" else model.beit
+            expected[f"{name}.features"] = encoder(inputs["pixel_values"]).last_hidden_state
+        assert pushed["answers"][name] == [1, 17, 32]  # one image, CLS and 16 patches, width 32
         expected[f"{name}.purified"] = model.purify(inputs["pixel_values"], sigma=30, epsilon=inputs["epsilon"])
     for key, value in expected.items():
         torch.testing.assert_close(pushed["outputs"][key], value.detach(), atol=1e-6, rtol=0)
