@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if jobs:
         accelerator.print(cost_table(jobs, targets, speeds, plan.num_draws, accelerator.num_processes))
 
-    settings = run_settings(recipe, models=models, data=source.fingerprint, device=str(device))
+    settings = run_settings(recipe, device, models=models, data=source.fingerprint)
     units = plan_units([job.num_images for job in jobs], recipe.batch_size)
     records = RecordFile(recipe.output_dir, settings, units, accelerator)
     # no-attack predictions on the evaluation draws, by (target, seed), that attacked images are compared with

@@ -85,18 +85,18 @@ class Oracle:
         self.eot_samples, self.known_draw, self.micro_batch = eot_samples, known_draw, micro_batch
         self.row_loss, self.sign = row_loss, -1.0 if targeted else 1.0
         self.restart = 0
-        self.step = 0  # every question has fresh noise: it is part of the draw's name
         self.queries = torch.zeros(len(self.image_ids), dtype=torch.long)
         self.zero_gradients = torch.zeros(len(self.image_ids), dtype=torch.long)
 
     def begin(self, restart: int) -> None:
         """Moves to the noise streams of another restart."""
-        self.restart, self.step = restart, 0
+        self.restart = restart
 
     def seeds(self, image: int, draws: range) -> list[int]:
         if self.known_draw:
             return [stream_seed(self.seed, self.image_ids[image], EVALUATE, 0)] * len(draws)
-        name = (self.seed, self.image_ids[image], ATTACK, self.restart, self.step)
+        # every question meets fresh noise: how much the image has been asked before is part of the draw's name
+        name = (self.seed, self.image_ids[image], ATTACK, self.restart, int(self.queries[image]))
         return [stream_seed(*name, draw) for draw in draws]
 
     def _groups(self, images: Sequence[int]) -> list[tuple[Sequence[int], range]]:
@@ -128,7 +128,6 @@ class Oracle:
             if mean.requires_grad:  # else nothing depends on the images and the gradient is zero
                 gradients[piece] += torch.autograd.grad(mean.sum(), leaf, allow_unused=True, materialize_grads=True)[0]
             losses[piece] += mean.detach()
-        self.step += 1
         self.queries += self.eot_samples
         zero = gradients.flatten(1).abs().amax(dim=1) == 0
         if self.row_loss is dlr_loss:  # flat, at its largest value, once an attack has gone far enough
@@ -146,7 +145,6 @@ class Oracle:
             piece = slice(done, done + len(group))
             losses[piece] += self._losses(images_01[piece], group, draws).sum(dim=1) / self.eot_samples
             done += len(group) if draws.stop == self.eot_samples else 0
-        self.step += 1
         self.queries[list(images)] += self.eot_samples
         return losses
 

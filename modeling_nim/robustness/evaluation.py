@@ -15,7 +15,7 @@ from torch import nn
 from . import attacks
 from .attacks import LOSSES, Oracle, choose_worst, decide, target_forward
 from .draws import ATTACK, EVALUATE, SELECT, isolated_global_rng, stream_seed
-from .protocols import AttackRecipe, Job
+from .protocols import AttackRecipe, Job, torchattacks_class
 from .targets import Target
 
 
@@ -186,23 +186,11 @@ class _TensorModel(nn.Module):
 def _torchattacks(
     recipe: AttackRecipe, oracle: Oracle, images_01, labels, epsilon: float, alpha: float
 ) -> torch.Tensor:
-    import torchattacks
-
-    attack_class = getattr(torchattacks, recipe.torchattacks_class, None)
-    if not inspect.isclass(attack_class):
-        raise ValueError(f"torchattacks has no class {recipe.torchattacks_class!r}; see torchattacks.__all__")
+    attack_class = torchattacks_class(recipe)
     known = inspect.signature(attack_class.__init__).parameters
-    ours = {
-        "eps": epsilon,
-        "alpha": alpha,
-        "steps": recipe.steps,
-        "n_queries": recipe.queries,
-        "eot_iter": recipe.eot_samples,
-    }
+    ours = {"eps": epsilon, "alpha": alpha, "steps": recipe.steps}
+    ours |= {"n_queries": recipe.queries, "eot_iter": recipe.eot_samples}
     arguments = {key: value for key, value in ours.items() if key in known} | recipe.arguments
-    unknown = set(arguments) - set(known)
-    if unknown:
-        raise ValueError(f"torchattacks.{recipe.torchattacks_class} takes no argument {sorted(unknown)[0]!r}")
     model = _TensorModel(oracle, images_01.device)
     with isolated_global_rng(stream_seed(oracle.seed, oracle.image_ids[0], ATTACK)):
         adversarial = attack_class(model, **arguments)(images_01, labels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -182,6 +183,21 @@ class AttackRecipe:
         return settings | ({"source": self.source} if self.source else {})
 
 
+def torchattacks_class(recipe: AttackRecipe) -> type:
+    """The class that the recipe names; ValueError when torchattacks has none, or when it takes no such arguments."""
+    import torchattacks
+
+    found = getattr(torchattacks, recipe.torchattacks_class, None)
+    if not inspect.isclass(found):
+        raise ValueError(
+            f"torchattacks has no class {recipe.torchattacks_class!r}; known: {', '.join(torchattacks.__all__)}"
+        )
+    unknown = sorted(set(recipe.arguments) - set(inspect.signature(found.__init__).parameters))
+    if unknown:
+        raise ValueError(f"torchattacks.{recipe.torchattacks_class} takes no argument {unknown[0]!r}")
+    return found
+
+
 @dataclass
 class ModelRecipe:
     """A model to evaluate: `path` (purified or any transformers image classifier), or `purifier` and `classifier` paths.
@@ -340,6 +356,9 @@ def resolve(recipe: AttackRunRecipe, undefended: list[str] = ()) -> Protocol:
     elif not recipe.attacks and recipe.reconstruction is None:
         raise ValueError("the recipe names neither a protocol nor attacks; add e.g. protocol: smoke")
     attacks = [*base.attacks, *recipe.attacks]
+    for attack in attacks:
+        if attack.attack == "torchattacks":
+            torchattacks_class(attack)
     seen: dict[tuple, AttackRecipe] = {}
     for attack in attacks:
         for threat in attack.threat_models:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
@@ -44,16 +45,21 @@ def plan_units(images_per_job: Sequence[int], batch_size: int) -> list[Unit]:
 
 
 class RecordFile:
-    """`DIR/records.jsonl` and its clock `DIR/seconds.jsonl`, both one write per unit, and `DIR/run.json`, the settings.
+    """`DIR/records.jsonl` (or another `name`), its clock `DIR/seconds.jsonl`, and `DIR/run.json`, the settings.
 
     `settings` is everything the records depend on. A directory that was made with other settings is refused.
     """
 
     def __init__(
-        self, directory: str | os.PathLike, settings: dict[str, Any], units: list[Unit], accelerator: Accelerator
+        self,
+        directory: str | os.PathLike,
+        settings: dict[str, Any],
+        units: list[Unit],
+        accelerator: Accelerator,
+        name: str = "records",
     ):
         self.directory = Path(directory)
-        self.path, self.clock_path = self.directory / "records.jsonl", self.directory / "seconds.jsonl"
+        self.path, self.clock_path = self.directory / f"{name}.jsonl", self.directory / "seconds.jsonl"
         self.units, self.accelerator = units, accelerator
         self.done = self._on_main(lambda: self._open(settings))
 
@@ -140,8 +146,8 @@ class RecordFile:
         return seconds
 
 
-def run_settings(recipe: Any, **parts: Any) -> dict[str, Any]:
-    """Everything that records depend on: the recipe without its output directory, `parts`, and the versions in use."""
+def run_settings(recipe: Any, device: torch.device, **parts: Any) -> dict[str, Any]:
+    """Everything that records depend on: the recipe without its output directory, `parts`, the device, the versions."""
     settings = dataclasses.asdict(recipe)
     settings.pop("output_dir")
     packages = ("torch", "transformers", "accelerate", "numpy", "torchattacks", "Pillow")
@@ -151,7 +157,8 @@ def run_settings(recipe: Any, **parts: Any) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    return {"recipe": settings, **parts, "versions": versions}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"recipe": settings, **parts, "device": name, "versions": versions}
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:

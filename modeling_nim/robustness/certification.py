@@ -1,0 +1,150 @@
+"""Randomized smoothing with the NIM denoiser: a certificate for every image, no attack involved (Cohen et al. 2019).
+
+The smoothing noise is the defence's own noise, so it is added once. The certificate holds for the majority vote over that
+noise, at L2 radii in [0, 1] pixel units, with probability 1 - alpha per image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from modeling_nim.data import DataRecipe
+from modeling_nim.noise_nim import normalize, parse_sigma
+
+from .draws import stream_seed
+from .protocols import ModelRecipe
+from .statistics import accuracy_interval, certified_radius
+from .targets import PurifiedTarget, Target
+
+
+@dataclass
+class CertifyRecipe:
+    """The recipe of `scripts/run_certify.py`: `num_selection_draws` (n0) choose the class, `num_draws` (n) bound it."""
+
+    output_dir: str
+    models: list[ModelRecipe]
+    data: DataRecipe = field(default_factory=DataRecipe)
+    split: Literal["test", "validation", "train"] = "test"
+    seed: int = 0
+    num_images: int | None = None
+    num_selection_draws: int = 100
+    num_draws: int = 10_000
+    alpha: float = 0.001
+    micro_batch: int = 256
+    radii: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.25, 0.5, 0.75, 1.0])
+
+    def __post_init__(self):
+        if not 0 < self.alpha < 0.5:
+            raise ValueError(f"alpha must be between 0 and 0.5, got {self.alpha}")
+        for key in ("num_selection_draws", "num_draws", "micro_batch"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+
+
+def check_certifiable(target: Target, images_01: torch.Tensor) -> float:
+    """The target's sigma on 0..255, or ValueError saying why no certificate of it would be valid.
+
+    Besides the configuration, the model itself is asked: a shift of the image that the noise takes back must change
+    nothing, for the answer must depend on the noisy image alone.
+    """
+    if not isinstance(target, PurifiedTarget) or target.without_purifier:
+        raise ValueError(f"{target.name} has no noise to certify with; certify a purified model")
+    if target.masks:
+        raise ValueError(f"{target.name} hides patches; certificates are for Gaussian noise")
+    config = target.model.config.purifier_config
+    spec = parse_sigma(target.sigma)
+    if spec.kind != "fixed" or spec.a == 0:
+        raise ValueError(f"{target.name}: sigma must be one number above 0 to certify, got {target.sigma!r}")
+    if target.num_votes != 1:
+        raise ValueError(f"{target.name}: certify single votes (num_votes: 1), the certificate does the voting itself")
+    if getattr(config, "norm_pix_loss", False) and getattr(config, "patch_statistics", "noisy") == "input":
+        raise ValueError(
+            f'{target.name}: its purifier has patch_statistics="input": it takes patch means and contrasts from the un-noised '
+            "image, so the answer is no function of the noisy image and no certificate would be valid. Use a purifier with "
+            'patch_statistics="noisy" (or norm_pix_loss=False)'
+        )
+    if not _sees_the_noisy_image_alone(target, images_01, spec.a):
+        raise ValueError(
+            f"{target.name}: its answer depends on more than the noisy image, so no certificate would be valid"
+        )
+    return spec.a
+
+
+@torch.no_grad()
+def _sees_the_noisy_image_alone(target: PurifiedTarget, images_01: torch.Tensor, sigma_255: float) -> bool:
+    seeds = [stream_seed(0, "probe", "certify", row) for row in range(len(images_01))]
+    epsilon = target.draw(seeds)["epsilon"]
+    shift = 0.1 * torch.rand(images_01.shape, generator=torch.Generator().manual_seed(0)).to(images_01.device)
+    pixel_values = [normalize(batch, target.image_mean, target.image_std) for batch in (images_01, images_01 + shift)]
+    first = target.model(pixel_values[0], sigma=sigma_255, epsilon=epsilon, num_votes=1).logits
+    second = target.model(
+        pixel_values[1], sigma=sigma_255, epsilon=epsilon - shift / (sigma_255 / 255), num_votes=1
+    ).logits
+    return torch.allclose(first, second, atol=1e-3 * float(first.abs().max().clamp_min(1)))
+
+
+@torch.no_grad()
+def count_votes(
+    target: Target, image_01: torch.Tensor, image_id: str, seed: int, purpose: str, num_draws: int, micro_batch: int
+) -> torch.Tensor:
+    """How often each class wins over `num_draws` noise draws of one image `(3, H, W)`, at most `micro_batch` in memory.
+
+    The draws are named one by one, so that the counts do not depend on the micro-batch.
+    """
+    counts = None
+    for start in range(0, num_draws, micro_batch):
+        stop = min(start + micro_batch, num_draws)
+        seeds = [stream_seed(seed, image_id, purpose, draw) for draw in range(start, stop)]
+        rows = image_01.expand(len(seeds), *image_01.shape)
+        logits = target.logits(rows, target.draw(seeds))
+        piece = logits.argmax(dim=-1).bincount(minlength=logits.shape[-1])
+        counts = piece if counts is None else counts + piece
+    return counts
+
+
+def certify_image(
+    target: Target, sigma_255: float, image_01: torch.Tensor, label: int, image_id: str, recipe: CertifyRecipe
+) -> dict[str, Any]:
+    """The record of one image; `prediction` is None and `radius` 0.0 where it abstains (Algorithm 2, CERTIFY)."""
+    arguments = (target, image_01, image_id, recipe.seed)
+    selection = count_votes(*arguments, "certify-select", recipe.num_selection_draws, recipe.micro_batch)
+    top = int(selection.argmax())
+    count = int(count_votes(*arguments, "certify-estimate", recipe.num_draws, recipe.micro_batch)[top])
+    radius = certified_radius(count, recipe.num_draws, sigma_255, recipe.alpha)
+    return {
+        "model": target.name,
+        "sigma_255": sigma_255,
+        "image_id": image_id,
+        "label": label,
+        "top_class": top,
+        "count": count,
+        "num_draws": recipe.num_draws,
+        "prediction": top if radius > 0 else None,
+        "radius": radius,
+    }
+
+
+def certified_rows(records: Sequence[dict[str, Any]], radii: Sequence[float]) -> list[dict[str, Any]]:
+    """Certified accuracy in percent per model, sigma and L2 radius; an abstention is a mistake."""
+    rows = []
+    groups = dict.fromkeys((record["model"], record["sigma_255"]) for record in records)
+    for model, sigma in groups:
+        members = [record for record in records if (record["model"], record["sigma_255"]) == (model, sigma)]
+        for radius in radii:
+            correct = [float(r["prediction"] == r["label"] and r["radius"] >= radius) for r in members]
+            rows.append(
+                {
+                    "model": model,
+                    "sigma": sigma,
+                    "radius_l2": radius,
+                    "certified_accuracy": round(100 * sum(correct) / len(correct), 4),
+                    "ci95": [round(bound, 4) for bound in accuracy_interval(correct)],
+                    "abstained": round(100 * sum(r["prediction"] is None for r in members) / len(members), 4),
+                    "num_images": len(members),
+                }
+            )
+    return rows

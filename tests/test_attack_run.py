@@ -1,0 +1,238 @@
+"""run_attack.py, run_certify.py and make_figures.py as users run them, on tiny models."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+import yaml
+from conftest import TINY, TINY_DECODER
+
+from modeling_nim import (
+    NIMClassifierConfig,
+    NIMConfig,
+    NIMForImageClassification,
+    NIMForPreTraining,
+    NIMPurifiedImageClassification,
+)
+from modeling_nim.image_processing import image_processor_for
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A purified model with "input" and one with "noisy" patch statistics, a classifier, a purifier; untrained."""
+    parent = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    size = TINY | {"image_size": 16}
+    classifier = NIMForImageClassification(NIMClassifierConfig(**size, num_labels=10))
+    torch.nn.init.normal_(classifier.classifier.weight)
+    parts = {"classifier": classifier}
+    for statistics in ("input", "noisy"):
+        parts[statistics] = NIMForPreTraining(NIMConfig(**size, **TINY_DECODER, patch_statistics=statistics))
+        composed = NIMPurifiedImageClassification.from_parts(parts[statistics], classifier, sigma=60)
+        parts[f"purified_{statistics}"] = composed
+    for name, model in parts.items():
+        model.save_pretrained(parent / name)
+        image_processor_for(model.config).save_pretrained(parent / name)
+    return parent
+
+
+@pytest.fixture
+def recipe(models):
+    return {
+        "models": [
+            {"name": "original", "path": str(models / "classifier")},
+            {"name": "purified", "path": str(models / "purified_input"), "sigma": [0, 60]},
+        ],
+        "attacks": [
+            {"attack": "pgd", "threat_models": ["white_box", "gray_box"], "epsilon_255": [8], "steps": 2},
+            {"attack": "square", "epsilon_255": [8], "queries": 6, "num_images": 4},
+            {"attack": "torchattacks", "torchattacks_class": "FGSM", "epsilon_255": [8], "sigmas": [60]},
+        ],
+        "num_images": 10,
+        "num_draws": 3,
+        "seeds": [0, 1],
+        "batch_size": 4,
+        "micro_batch": 5,
+        "pictures": {"num_images": 2, "attack": "pgd-2", "epsilon_255": 8},
+        "reconstruction": {"purifiers": {"tiny": str(models / "input")}, "sigmas_255": [0, 60], "num_images": 2},
+    }
+
+
+def write(path, content):
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def run_attack(path, content, output_dir, *overrides):
+    reference.load_script("run_attack").main([write(path, content), f"output_dir={output_dir}", *overrides])
+    return json.loads((output_dir / "summary.json").read_text())
+
+
+def test_records_summary_and_figures(recipe, tmp_path, capsys):
+    summary = run_attack(tmp_path / "recipe.yaml", recipe, tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert "per 1,000 images" in printed.split("threat model")[0]  # the cost comes before the table
+    records = [json.loads(line) for line in (tmp_path / "out/records.jsonl").read_text().splitlines()]
+    # per seed: original: control, pgd, square; each sigma: control, two pgd, square; torchattacks at sigma 60 alone, and
+    # on the original
+    assert len(records) == 2 * ((10 + 10 + 4 + 10) + (10 + 10 + 10 + 4) + (10 + 10 + 10 + 4 + 10))
+    rows = {(r["model"], r["sigma"], r["name"], r["threat_model"]): r for r in summary["rows"]}
+    assert len(rows) == len(summary["rows"]) == 4 + 4 + 5
+    row = rows["purified", 60.0, "pgd-2", "white_box"]
+    mine = [
+        r
+        for r in records
+        if (r["model"], r["sigma"], r["attack"], r["threat_model"]) == ("purified", "60", "pgd-2", "white_box")
+    ]
+    share = [sum(p == r["label"] for p in r["predictions"]) / 3 for r in mine]
+    assert row["accuracy"] == pytest.approx(100 * sum(share) / 20, abs=1e-3)
+    assert (row["num_images"], row["num_draws"], row["seeds"], row["epsilon_255"], row["attack"]) == (
+        10,
+        3,
+        [0, 1],
+        8,
+        "pgd",
+    )
+    assert row["ci95"][0] <= row["accuracy"] <= row["ci95"][1] and row["seconds"] > 0
+    assert row["accuracy_worst_draw"] <= row["accuracy_majority"]
+    assert row["settings"]["alpha_255"] == 2 and row["settings"]["implementation"] == "nim"
+    assert rows["original", None, "none", "clean"]["epsilon_255"] == 0
+    assert rows["purified", 60.0, "fgsm torchattacks", "white_box"]["settings"]["implementation"] == "torchattacks"
+    assert ("original", None, "pgd-2", "gray_box") not in rows  # nothing to be unaware of
+    control = {
+        (r["model"], r["sigma"], r["seed"], r["image_id"]): r["predictions"] for r in records if r["attack"] == "none"
+    }
+    for record in records:
+        assert (
+            record["clean_predictions"] == control[record["model"], record["sigma"], record["seed"], record["image_id"]]
+        )
+    provenance = summary["provenance"]
+    assert provenance["data"].startswith("digits:test:360") and len(provenance["models"]["original"]["hash"]) == 64
+    assert provenance["versions"]["torch"] == torch.__version__.split("+")[0] or provenance["versions"]["torch"]
+    assert provenance["device"] == "cpu" and provenance["seeds"] == [0, 1]
+    assert {alarm["alarm"] for alarm in summary["alarms"]} >= {"too_few_images"} or not summary["comparisons"]
+
+    reference.load_script("make_figures").main([str(tmp_path / "out")])
+    for name in ("panel", "degradations", "models", "sigma_curve", "reconstruction"):
+        assert (tmp_path / f"out/{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_killed_run_continues_to_the_identical_file(recipe, tmp_path):
+    recipe |= {"seeds": [0], "pictures": None, "reconstruction": None}
+    path = tmp_path / "recipe.yaml"
+    summary = run_attack(path, recipe, tmp_path / "whole")
+    whole = (tmp_path / "whole/records.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for number, kept in enumerate((b"".join(lines[:10]) + lines[10][:37], b"".join(lines[:23]), b"".join(lines[:-1]))):
+        directory = tmp_path / f"killed{number}"
+        directory.mkdir()
+        (directory / "run.json").write_bytes((tmp_path / "whole/run.json").read_bytes())
+        (directory / "records.jsonl").write_bytes(kept)
+        resumed = run_attack(path, recipe, directory)
+        assert (directory / "records.jsonl").read_bytes() == whole
+        assert without_seconds(resumed) == without_seconds(summary)
+    # and other settings are not mixed into the same file
+    with pytest.raises(ValueError, match="made with another recipe"):
+        run_attack(path, recipe, tmp_path / "whole", "num_draws=2")
+    assert (tmp_path / "whole/records.jsonl").read_bytes() == whole
+
+
+def without_seconds(summary):
+    summary = json.loads(json.dumps(summary))
+    for row in summary["rows"]:
+        row.pop("seconds")
+    summary["provenance"].pop("num_processes")
+    return summary
+
+
+def test_two_processes_give_the_single_processs_file(recipe, tmp_path):
+    recipe |= {"seeds": [0], "pictures": None, "reconstruction": None}
+    single = run_attack(tmp_path / "recipe.yaml", recipe, tmp_path / "single")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command += [str(ROOT / "scripts/run_attack.py"), str(tmp_path / "recipe.yaml"), f"output_dir={tmp_path / 'double'}"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    double = json.loads((tmp_path / "double/summary.json").read_text())
+    assert double["provenance"]["num_processes"] == 2
+    assert (tmp_path / "double/records.jsonl").read_bytes() == (tmp_path / "single/records.jsonl").read_bytes()
+    assert without_seconds(double) == without_seconds(single)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attcks": []}, "unknown recipe key 'attcks'"),
+        ({"models": [{"name": "a", "path": "outputs/nothing/here"}]}, "there is no model directory"),
+        ({"models": [{"name": "a", "path": "CLASSIFIER", "sigma": 30}]}, "has no purifier"),
+        ({"models": [{"name": "a", "path": "PURIFIED", "sigma": -1}]}, "sigma must be >= 0"),
+        ({"models": [{"name": "a", "purifier": "PURIFIED"}]}, "either 'path', or both"),
+        ({"models": [{"name": "a", "purifier": "CLASSIFIER", "classifier": "CLASSIFIER"}]}, "."),
+        ({"attacks": [{"attack": "square", "threat_models": ["white_box"]}]}, "not defined for threat model"),
+        ({"attacks": [{"attack": "transfer", "source": "nobody"}]}, "names model 'nobody'"),
+        ({"attacks": [{"attack": "torchattacks", "torchattacks_class": "PDG"}]}, "torchattacks has no class"),
+        ({"attacks": []}, "neither a protocol nor attacks"),
+        ({"attacks": [{"attack": "pgd", "steps": 0}]}, "steps must be at least 1"),
+    ],
+)
+def test_bad_recipes_are_refused_before_anything_is_written(recipe, models, tmp_path, change, message):
+    recipe |= {"pictures": None, "reconstruction": None} | change
+    paths = {"CLASSIFIER": str(models / "classifier"), "PURIFIED": str(models / "purified_input")}
+    for model in recipe["models"]:
+        model |= {key: paths.get(value, value) for key, value in model.items() if isinstance(value, str)}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run_attack(tmp_path / "recipe.yaml", recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_any_purifier_before_any_classifier(recipe, models, tmp_path):
+    recipe["models"] = [
+        {"name": "x", "purifier": str(models / "noisy"), "classifier": str(models / "classifier"), "sigma": 20}
+    ]
+    recipe |= {"attacks": recipe["attacks"][:1], "seeds": [0], "pictures": None, "reconstruction": None}
+    summary = run_attack(tmp_path / "recipe.yaml", recipe, tmp_path / "out")
+    assert [row["sigma"] for row in summary["rows"]] == [20.0] * 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_certification_refuses_statistics_of_the_input_and_resumes(models, tmp_path, capsys):
+    main = reference.load_script("run_certify").main
+    content = {
+        "models": [{"name": "noisy", "path": str(models / "purified_noisy"), "sigma": [40, 80]}],
+        "num_images": 4,
+        "num_selection_draws": 10,
+        "num_draws": 40,
+        "micro_batch": 16,
+    }
+    path = write(tmp_path / "recipe.yaml", content)
+    main([path, f"output_dir={tmp_path / 'whole'}"])
+    whole = (tmp_path / "whole/certificates.jsonl").read_bytes()
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed/run.json").write_bytes((tmp_path / "whole/run.json").read_bytes())
+    (tmp_path / "killed/certificates.jsonl").write_bytes(whole[: len(whole) // 2])
+    main([path, f"output_dir={tmp_path / 'killed'}"])
+    assert (tmp_path / "killed/certificates.jsonl").read_bytes() == whole
+    main([path, f"output_dir={tmp_path / 'small'}", "micro_batch=3"])  # memory does not change the counts
+    assert (tmp_path / "small/certificates.jsonl").read_bytes() == whole
+    rows = json.loads((tmp_path / "whole/certified.json").read_text())["rows"]
+    assert len(rows) == 2 * 6 and all(row["num_images"] == 4 for row in rows)
+    reference.load_script("make_figures").main([str(tmp_path / "whole")])
+    assert (tmp_path / "whole/certified.png").exists()
+
+    content["models"] = [{"name": "as in the paper", "path": str(models / "purified_input"), "sigma": 40}]
+    with pytest.raises(ValueError, match='patch_statistics="input".*no function of the noisy image'):
+        main([write(tmp_path / "recipe.yaml", content), f"output_dir={tmp_path / 'refused'}"])
+    content["models"] = [{"name": "undefended", "path": str(models / "classifier")}]
+    with pytest.raises(ValueError, match="no noise to certify with"):
+        main([write(tmp_path / "recipe.yaml", content), f"output_dir={tmp_path / 'refused'}"])
+    assert not (tmp_path / "refused").exists()
