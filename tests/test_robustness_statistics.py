@@ -1,0 +1,315 @@
+"""Intervals, paired tests, alarms, certificates and plans against values worked out elsewhere."""
+
+import math
+
+import pytest
+import torch
+from robustness_targets import LuckyTarget, NoisyTarget, QuietTarget, RoundingTarget, SecretlyRandomTarget, images
+from scipy.stats import binom, binomtest
+
+from modeling_nim import NIMPurifiedImageClassification
+from modeling_nim.robustness.certification import certified_rows, check_certifiable, count_votes
+from modeling_nim.robustness.evaluation import attack_images, cost_table, measure_speed, score_batch, seconds_per_image
+from modeling_nim.robustness.protocols import (
+    AttackRecipe,
+    AttackRunRecipe,
+    Job,
+    ModelRecipe,
+    plan_jobs,
+    protocol,
+    resolve,
+)
+from modeling_nim.robustness.records import plan_units
+from modeling_nim.robustness.statistics import accuracy_interval, certified_radius, lower_bound, paired_p_value
+from modeling_nim.robustness.summary import majority_is_right, summarise
+from modeling_nim.robustness.targets import PurifiedTarget, model_hash
+
+
+def test_intervals():
+    # the widths that 50,000, 5,000, 1,024 and 512 images give at 50%
+    for number, half_width in ((50_000, 0.44), (5_000, 1.4), (1_024, 3.05), (512, 4.3)):
+        low, high = accuracy_interval([1.0, 0.0] * (number // 2))
+        assert (high - low) / 2 == pytest.approx(half_width, abs=0.05)
+    low, high = accuracy_interval([1.0] * 50)
+    assert high == 100 and low == pytest.approx(100 * 50 / (50 + 1.96**2), abs=0.01)  # Wilson at 100%
+    assert accuracy_interval([0.5] * 10) == accuracy_interval([1.0, 0.0] * 5)
+    with pytest.raises(ValueError, match="no images"):
+        accuracy_interval([])
+
+
+def test_paired_p_value_is_the_sign_test_on_disagreements():
+    first = [True] * 40 + [True] * 12 + [False] * 3 + [False] * 5
+    second = [True] * 40 + [False] * 12 + [True] * 3 + [False] * 5
+    assert paired_p_value(first, second) == pytest.approx(binomtest(3, 15).pvalue)
+    assert paired_p_value(first, first) == 1.0
+    with pytest.raises(ValueError, match="same images"):
+        paired_p_value(first, second[:-1])
+
+
+def test_certified_radii_are_the_closed_form():
+    # all n draws agree: the lower bound is alpha^(1/n), and the radii are those of the literature
+    for sigma_255, draws, radius in (
+        (30, 1_000, 0.290), (30, 10_000, 0.376), (30, 100_000, 0.448),
+        (63.75, 1_000, 0.616), (63.75, 10_000, 0.800), (63.75, 100_000, 0.953), (127.5, 100_000, 1.906),
+    ):  # fmt: skip
+        assert lower_bound(draws, draws, 0.001) == pytest.approx(0.001 ** (1 / draws))
+        assert certified_radius(draws, draws, sigma_255, 0.001) == pytest.approx(radius, abs=6e-4)
+    # elsewhere the bound is the p whose chance of so many hits is alpha
+    bound = lower_bound(930, 1000, 0.001)
+    assert binom.sf(929, 1000, bound) == pytest.approx(0.001, rel=1e-6)
+    assert certified_radius(930, 1000, 63.75, 0.001) == pytest.approx(0.25 * _normal_quantile(bound), rel=1e-6)
+    assert certified_radius(540, 1000, 30, 0.001) == 0.0  # the bound is below one half: abstain
+    with pytest.raises(ValueError, match="0 <= count"):
+        lower_bound(11, 10, 0.001)
+
+
+def _normal_quantile(p):
+    low, high = 0.0, 10.0
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if 0.5 * (1 + math.erf(middle / math.sqrt(2))) < p else (low, middle)
+    return low
+
+
+def test_votes_are_counted_over_named_draws_whatever_the_micro_batch():
+    counts = [count_votes(LuckyTarget(), images(1)[0], "a", 0, "p", 500, batch) for batch in (500, 64, 7)]
+    assert counts[0].tolist() == counts[1].tolist() == counts[2].tolist()
+    assert counts[0].sum() == 500 and abs(int(counts[0][0]) - 450) < 4 * math.sqrt(500 * 0.09)
+    assert count_votes(LuckyTarget(), images(1)[0], "b", 0, "p", 500, 64).tolist() != counts[0].tolist()
+
+
+def test_a_certificate_needs_an_answer_that_sees_the_noisy_image_alone(purifier, classifier):
+    x = torch.rand(2, 3, 16, 16)
+    purifier.config.patch_statistics = "noisy"
+    target = PurifiedTarget("p", NIMPurifiedImageClassification.from_parts(purifier, classifier, sigma=30))
+    assert check_certifiable(target, x) == 30
+    # a purifier that says "noisy" and does otherwise is found out
+    target.model.config.purifier_config.patch_statistics = "noisy"
+    purifier.config.norm_pix_loss, original = True, purifier.forward
+    purifier.forward = lambda pixel_values, **k: _leaking(original, pixel_values, k)
+    with pytest.raises(ValueError, match="depends on more than the noisy image"):
+        check_certifiable(target, x)
+    purifier.forward = original
+    for sigma, message in (("uniform(0, 30)", "one number above 0"), (0, "one number above 0")):
+        with pytest.raises(ValueError, match=message):
+            check_certifiable(PurifiedTarget("p", target.model, sigma=sigma), x)
+    target.model.config.purifier_config.patch_statistics = "input"
+    with pytest.raises(ValueError, match='patch_statistics="input"'):
+        check_certifiable(target, x)
+
+
+def _leaking(forward, pixel_values, arguments):
+    output = forward(pixel_values, **arguments)
+    output.reconstruction = output.reconstruction + pixel_values.mean(dim=(2, 3), keepdim=True)
+    return output
+
+
+def test_certified_rows_count_abstentions_as_mistakes():
+    radii = [(1, 1, 0.5), (1, 1, 0.2), (0, 1, 0.9), (None, 1, 0.0)]
+    records = [{"model": "m", "sigma_255": 30.0, "prediction": p, "label": y, "radius": r} for p, y, r in radii]
+    rows = certified_rows(records, [0.0, 0.25, 0.75])
+    assert [row["certified_accuracy"] for row in rows] == [50.0, 25.0, 0.0]
+    assert rows[0]["abstained"] == 25.0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def run(targets, attacks, x, labels, epsilons, seeds=(0,), num_draws=3):
+    """Records and summary of a small run without files."""
+    records, settings = [], {}
+    ids = [f"image/{index}" for index in range(len(x))]
+    for index, target in enumerate(targets):
+        for seed in seeds:
+            jobs = [Job(index, None, "clean", 0.0, seed, len(x))]
+            jobs += [
+                Job(index, a, threat, e, seed, len(x)) for a in attacks for threat in a.threat_models for e in epsilons
+            ]
+            clean = {}
+            for job in jobs:
+                attacked = attack_images(job, targets, x, labels, ids, num_draws, 64)
+                lines = score_batch(job, targets, attacked, x, labels, ids, clean, num_draws, 64)
+                clean = clean or {line["image_id"]: line["predictions"] for line in lines}
+                records += lines
+                if job.attack is not None:
+                    group = (target.name, target.sigma, job.label, job.threat_model, job.epsilon_255)
+                    settings[group] = {"kind": job.attack.kind} | job.attack.settings(job.epsilon_255)
+    models = {target.name: {"repeatable": target.repeats_itself(x[:4])} for target in targets}
+    return records, summarise(records, settings, models, {}), settings, models
+
+
+def alarms(summary):
+    return {alarm["alarm"] for alarm in summary["alarms"]}
+
+
+def test_hidden_gradients_ring():
+    target, x = RoundingTarget(), images(60, 0.3, 0.7)
+    labels = (target.margin(x) > 0).long()
+    attacks = [AttackRecipe("pgd", threat_models=["white_box", "gray_box"], skip_misclassified=False)]
+    _, summary, _, _ = run([target], attacks, x, labels, [8.0, 128.0])
+    assert {"zero_gradients", "white_box_weaker", "survives_large_epsilon"} <= alarms(summary)
+    message = next(alarm for alarm in summary["alarms"] if alarm["alarm"] == "zero_gradients")["message"]
+    assert "100.0%" in message
+
+
+def test_an_honest_defence_rings_nothing():
+    target, x = NoisyTarget(), images(80)
+    labels = target.logits(x, {}).argmax(1)
+    attacks = [AttackRecipe("pgd", threat_models=["white_box", "gray_box"], eot_samples=4)]
+    _, summary, _, _ = run([target], attacks, x, labels, [2.0, 128.0])
+    assert alarms(summary) == set()
+    rows = {(row["threat_model"], row["epsilon_255"]): row for row in summary["rows"]}
+    assert (
+        rows["white_box", 128.0]["accuracy"] < 5 < rows["white_box", 2.0]["accuracy"] < rows["clean", 0.0]["accuracy"]
+    )
+    # the worst case over attacks is no better than any of them
+    worst = next(w for w in summary["worst_case"] if w["epsilon_255"] == 2.0)
+    assert worst["accuracy_majority"] <= min(rows[t, 2.0]["accuracy_majority"] for t in ("white_box", "gray_box"))
+
+
+def test_a_secretly_random_model_rings():
+    target = SecretlyRandomTarget()
+    _, summary, _, _ = run([target], [AttackRecipe("fgsm")], images(8), torch.zeros(8, dtype=torch.long), [1.0])
+    assert "undeclared_randomness" in alarms(summary)
+    assert QuietTarget().repeats_itself(images(4)) and NoisyTarget().repeats_itself(images(4))
+
+
+def test_alarms_on_what_records_hold():
+    target, x = QuietTarget(), images(10)
+    records, summary, settings, models = run([target], [AttackRecipe("pgd")], x, torch.arange(10) % 4, [8.0])
+    assert not alarms(summary) & {"beyond_epsilon", "pixels_out_of_range", "step_not_smaller_than_epsilon"}
+
+    def changed(**values):
+        altered = [record | (values if record["attack"] != "none" else {}) for record in records]
+        return alarms(summarise(altered, settings, models, {}))
+
+    assert "beyond_epsilon" in changed(linf_255=8.01) and "beyond_epsilon" not in changed(linf_255=8.0005)
+    assert "pixels_out_of_range" in changed(pixel_max=1.001) and "pixels_out_of_range" in changed(pixel_min=-0.001)
+    large = {group: values | {"alpha_255": 8.0} for group, values in settings.items()}
+    assert "step_not_smaller_than_epsilon" in alarms(summarise(records, large, models, {}))
+
+
+def test_too_few_images_to_rank_two_models():
+    records, summary, settings, models = run(
+        [QuietTarget(), NoisyTarget()], [AttackRecipe("pgd", steps=3)], images(30), torch.arange(30) % 4, [1.0]
+    )
+    for comparison in summary["comparisons"]:
+        decisions = {}
+        for name in ("quiet", "noisy"):
+            chosen = [r for r in records if (r["model"], r["attack"]) == (name, comparison["name"])]
+            decisions[name] = [majority_is_right(r["predictions"], r["label"]) for r in chosen]
+        assert comparison["p_value"] == pytest.approx(paired_p_value(*decisions.values()))
+        differ = comparison["accuracy_majority"][0] != comparison["accuracy_majority"][1]
+        rings = any(
+            a["alarm"] == "too_few_images" and a["where"].startswith(comparison["name"]) for a in summary["alarms"]
+        )
+        assert rings == (differ and comparison["p_value"] >= 0.05)
+    assert {comparison["name"] for comparison in summary["comparisons"]} == {"none", "pgd-3"}
+
+
+def test_majority_of_draws():
+    assert majority_is_right([1, 1, 0], 1) and not majority_is_right([1, 0, 0], 1)
+    assert not majority_is_right([1, 0], 1)  # a tie decides nothing
+    assert majority_is_right([1, 1, 0, 2, 3], 1)
+
+
+def test_rows_average_seeds_per_image():
+    def record(image, seed, predictions):
+        return {
+            "model": "m", "sigma": "30", "attack": "none", "threat_model": "clean", "epsilon_255": 0.0, "seed": seed,
+            "image_id": image, "label": 1, "clean_predictions": predictions, "predictions": predictions, "linf_255": 0.0,
+            "l2_255": 0.0, "pixel_min": 0.0, "pixel_max": 1.0, "loss": 0.0, "queries": 0, "zero_gradients": 0, "skipped": False,
+        }  # fmt: skip
+
+    records = [
+        record("a", 0, [1, 1, 0]),
+        record("a", 1, [1, 1, 1]),
+        record("b", 0, [0, 0, 1]),
+        record("b", 1, [0, 0, 0]),
+    ]
+    row = summarise(records, {}, {}, {})["rows"][0]
+    assert row["accuracy"] == pytest.approx(100 * (5 / 6 + 1 / 6) / 2, abs=1e-3)
+    assert row["accuracy_majority"] == 50 and row["accuracy_worst_draw"] == 25
+    assert (row["num_images"], row["num_draws"], row["seeds"], row["sigma"]) == (2, 3, [0, 1], 30.0)
+    assert row["ci95"] == [round(bound, 4) for bound in accuracy_interval([5 / 6, 1 / 6])]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_protocols_say_what_the_bar_says():
+    paper = protocol("paper")
+    assert [(a.alpha(2), a.steps, a.epsilon_255) for a in paper.attacks[:2]] == [(2, 10, [2]), (0.5, 10, [2])]
+    assert (paper.attacks[-1].queries, paper.attacks[-1].epsilon_255, paper.attacks[-1].num_images) == (
+        1000,
+        [16],
+        1024,
+    )
+    smoke = protocol("smoke")
+    assert smoke.num_images == 64 and [a.attack for a in smoke.attacks] == ["pgd"]
+    neurips = protocol("neurips")
+    assert neurips.sigmas == [70, 140] and [a.attack for a in neurips.attacks] == ["fgsm", "pgd", "autoattack_rand"]
+    standard = protocol("standard", sources=["plain"])
+    assert (standard.num_images, standard.seeds, standard.num_draws) == (512, [0, 1, 2], 10)
+    main = standard.attacks[0]
+    assert (main.steps, main.eot_samples, main.restarts, main.epsilon_255) == (100, 20, 2, [2, 4])
+    kinds = {a.attack for a in standard.attacks}
+    assert kinds == {"pgd", "autoattack_rand", "patch_mean", "features", "transfer", "square"}
+    assert any(128 in a.epsilon_255 for a in standard.attacks)
+    with pytest.raises(ValueError, match="unknown protocol 'strict'; known: smoke"):
+        protocol("strict")
+
+
+def test_jobs_of_a_plan():
+    recipe = AttackRunRecipe(
+        "out", models=[ModelRecipe("noisy", "x"), ModelRecipe("quiet", "y")], protocol="standard", epsilon_255=[8.0]
+    )
+    targets = [NoisyTarget(), QuietTarget()]
+    plan = resolve(recipe, undefended=["quiet"])
+    jobs = plan_jobs(plan, targets, 200)
+    mine = [(job.label, job.threat_model) for job in jobs if job.target == 0 and job.seed == 0]
+    assert ("transfer-100 from quiet", "gray_box") in mine and ("pgd-100", "white_box_known_draw") in mine
+    assert mine[0] == ("none", "clean")
+    other = [job for job in jobs if job.target == 1 and job.attack is not None]
+    assert not {job.threat_model for job in other} & {"gray_box", "white_box_known_draw"}
+    assert all(job.attack.eot_samples == 1 for job in other)
+    # what differs in its EOT samples alone is one attack to a model without noise
+    pgd = [job for job in other if job.attack.attack == "pgd" and (job.epsilon_255, job.seed) == (8, 0)]
+    assert sum(job.attack.steps == 20 for job in pgd) == 1
+    assert max(job.num_images for job in jobs) == 200
+    duplicate = AttackRunRecipe(
+        "out", models=recipe.models, attacks=[AttackRecipe("pgd"), AttackRecipe("pgd", alpha_ratio=0.1)]
+    )
+    with pytest.raises(ValueError, match="two attacks are called 'pgd-10'"):
+        resolve(duplicate)
+
+
+def test_units_cover_every_image_once():
+    units = plan_units([10, 4], 4)
+    assert [(u.job, u.start, u.stop) for u in units] == [(0, 0, 4), (0, 4, 8), (0, 8, 10), (1, 0, 4)]
+
+
+def test_the_cost_before_the_start_counts_the_passes():
+    target = NoisyTarget()
+    speeds = [{"full_forward": 1.0, "full_gradient": 3.0, "classifier_forward": 0.5, "classifier_gradient": 1.5}]
+
+    def seconds(recipe, threat):
+        return seconds_per_image(Job(0, recipe, threat, 8.0, 0, 10), [target], speeds, num_draws=10)
+
+    assert seconds_per_image(Job(0, None, "clean", 0.0, 0, 10), [target], speeds, 10) == 10
+    assert seconds(AttackRecipe("pgd", steps=5), "white_box") == 5 * 3 + 10
+    assert seconds(AttackRecipe("pgd", steps=5), "gray_box") == 5 * 1.5 + 10
+    # two restarts are chosen between on 2 x 10 draws, and finding the wrong images costs 10 more
+    assert seconds(AttackRecipe("pgd", steps=5, eot_samples=20, restarts=2), "white_box") == 200 * 3 + 10 + 20 + 10
+    assert seconds(AttackRecipe("square", queries=500), "black_box") == 500 + 10 + 10
+    text = cost_table([Job(0, AttackRecipe("pgd", steps=5), "white_box", 8.0, 0, 10)], [target], speeds, 10, 2)
+    assert "25000.0 s" in text and "about 125 s with 2 process(es)" in text
+    assert set(measure_speed(target, images(2), 8)) == set(speeds[0])
+
+
+def test_model_hash_sees_every_weight(classifier):
+    before = model_hash(classifier)
+    assert before == model_hash(classifier)
+    with torch.no_grad():
+        classifier.classifier.bias[2] += 1e-6
+    assert model_hash(classifier) != before
