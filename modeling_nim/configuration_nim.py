@@ -1,5 +1,6 @@
 """Configurations of the NIM models."""
 
+import math
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -238,6 +239,12 @@ class NIMSimMIMConfig(BeitConfig):
                 )
             if not 0 < self.mask_ratio < 1:
                 raise ValueError(f"mask_ratio must be between 0 and 1, got {self.mask_ratio}")
+            num_squares = (self.image_size // self.mask_patch_size) ** 2
+            if math.ceil(self.mask_ratio * num_squares) == num_squares:
+                raise ValueError(
+                    f"mask_ratio {self.mask_ratio} hides all of the {num_squares} squares of mask_patch_size "
+                    f"{self.mask_patch_size} in a {self.image_size}x{self.image_size} image: use smaller squares"
+                )
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:

@@ -228,7 +228,7 @@ def simmim_config(tensors: StateDict, args: argparse.Namespace) -> NIMSimMIMConf
     if not pretrained:
         return NIMSimMIMClassifierConfig(**sizes, num_labels=_shape(tensors, "head.weight", 2)[0])
     # SimMIM hides squares of 2 x 2 patches (32 pixels at patch 16) where the image can be cut into them.
-    mask_patch_size = 2 * patch if grid % 2 == 0 else patch
+    mask_patch_size = 2 * patch if grid % 2 == 0 and grid > 2 else patch
     return NIMSimMIMConfig(**sizes, degradation=args.degradation or "mask", mask_patch_size=mask_patch_size)
 
 

@@ -189,6 +189,7 @@ def test_arguments_that_do_not_fit_are_refused(pixel_values, degradation, argume
     [
         ({"mask_patch_size": 6}, "mask_patch_size 6"),
         ({"mask_patch_size": 32}, "mask_patch_size 32"),
+        ({"mask_patch_size": 16}, "hides all of the 1 squares"),
         ({"mask_ratio": 1.0}, "mask_ratio"),
         ({"image_size": 18}, "image_size 18"),
         ({"sigma": "-3"}, "sigma"),
