@@ -520,9 +520,11 @@ def main() -> int:
         print(card_of_directory(args.directory, name, args.summary, args.model), end="")
         return 0
     changed = 0
+    named: set[Path] = set()
     for path in sorted((ROOT / "model_cards").glob("*/card.yaml")):
         folder = path.parent
         facts = load_recipe(path, CardFacts)
+        named |= {ROOT / summary for summary in facts.summaries}
         text = render_card(folder.name, facts, AutoConfig.from_pretrained(folder), root=ROOT)
         card = folder / "README.md"
         old = card.read_text(encoding="utf-8") if card.is_file() else ""
@@ -535,6 +537,10 @@ def main() -> int:
         else:
             write_text(card, text)
             print(f"wrote {card.relative_to(ROOT)}")
+    for path in sorted((ROOT / "results").rglob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if path not in named and isinstance(content, dict) and {"rows", "provenance"} <= content.keys():
+            print(f"note: {path.relative_to(ROOT)} has results and is named by no card.yaml")
     if not changed:
         print("every card is as its records make it")
     return 1 if args.check and changed else 0

@@ -227,6 +227,17 @@ def test_cards_are_made_checked_and_stay_the_same(repository, capsys):
     assert (folder / "README.md").read_text() == text
 
 
+def test_results_without_a_card_are_pointed_out(repository, world, capsys):
+    _, call = repository
+    (world / "results").mkdir()
+    (world / "results" / "forgotten.json").write_text((world / "summary.json").read_text())
+    (world / "results" / "bench.json").write_text("[1]")
+    assert call() == 0
+    output = capsys.readouterr().out
+    assert "results/forgotten.json has results and is named by no card.yaml" in output
+    assert "bench.json" not in output
+
+
 def test_an_unknown_key_in_a_card_is_named(repository, capsys):
     folder, call = repository
     with open(folder / "card.yaml", "a") as file:

@@ -83,6 +83,18 @@ def test_answers_depend_neither_on_batch_size_nor_on_company(pipe, images):
             assert abs(difference).max() <= 1  # rounding to levels
 
 
+def test_streams_and_workers_give_the_same_answers(pipe, images):
+    expected = pipe(images, seed=3, return_purified=True)
+    state = torch.get_rng_state()
+    streamed = list(pipe((image for image in images), seed=3, batch_size=2, return_purified=True))
+    assert torch.equal(torch.get_rng_state(), state)
+    by_workers = pipe(images, seed=3, batch_size=2, num_workers=1, return_purified=True)
+    for result in (streamed, by_workers):
+        for one, other in zip(expected, result, strict=True):
+            assert scores(one["labels"]) == pytest.approx(scores(other["labels"]), abs=1e-6)
+            assert one["purified"].size == other["purified"].size == (40, 56)
+
+
 def test_the_global_random_state_is_untouched_by_a_seeded_call(pipe, images):
     state = torch.get_rng_state()
     pipe(images, seed=0, num_votes=2, return_purified=True, batch_size=2)
