@@ -13,6 +13,7 @@ A `card.yaml` says where the facts are, and nothing else; paths are relative to 
     summaries: [results/digits/summary.json]                     # of run_attack.py
     model: purified                                              # what the summaries call this model
     sigma: 75                                                    # optional: which of its sigmas, where there are several
+    certificates: [results/digits/certified.json]                # optional: of run_certify.py
     paper_systems: [NIM-MAE]                                     # optional: rows of Table 1, shown as the paper's
 
 The model's own facts come from `config.json` beside `card.yaml`.
@@ -82,6 +83,7 @@ class CardFacts:
     summaries: list[str] = field(default_factory=list)
     model: str | None = None
     sigma: float | str | None = None
+    certificates: list[str] = field(default_factory=list)
     paper_systems: list[str] = field(default_factory=list)
     license: str = "apache-2.0"
 
@@ -98,6 +100,7 @@ def render_card(name: str, facts: CardFacts, config: PreTrainedConfig, root: Pat
     """
     kind = KINDS[_architecture(config)]
     summaries = [_read_summary(root / path) for path in facts.summaries]
+    certificates = [_read_summary(root / path) for path in facts.certificates]
     if summaries and facts.model is None and kind != "denoiser":
         raise ValueError(f"card {name!r}: say with 'model' which rows of {facts.summaries[0]} are this model's")
     rows = [row for summary in summaries for row in summary["rows"]]
@@ -110,7 +113,7 @@ def render_card(name: str, facts: CardFacts, config: PreTrainedConfig, root: Pat
         title=facts.title,
         kind=kind,
         summary_line=_summary_line(kind, config, facts),
-        sources=[*facts.recipes.values(), *facts.summaries],
+        sources=[*facts.recipes.values(), *facts.summaries, *facts.certificates],
         facts=_config_facts(kind, config),
         usage=_usage(kind, name, config),
         stages=[
@@ -121,12 +124,13 @@ def render_card(name: str, facts: CardFacts, config: PreTrainedConfig, root: Pat
         rows=[_table_row(row, facts) for row in rows],
         rows_have_draws=any(row.get("num_draws", 1) > 1 for row in rows),
         results_line=_results_line(facts, kind),
-        provenance=[line for summary in summaries for line in _provenance(summary["provenance"])],
+        provenance=[line for summary in [*summaries, *certificates] for line in _provenance(summary["provenance"])],
         alarms=[
             f"{alarm['alarm'].replace('_', ' ')} ({alarm['where']}): {alarm['message']}"
             for summary in summaries
             for alarm in summary.get("alarms", [])
         ],
+        certified_rows=[_certified_row(row) for summary in certificates for row in summary["rows"]],
         paper_rows=_paper_rows(facts.paper_systems),
         limits=_limits(kind, config, own),
         reproduce=_reproduce(facts, root),
@@ -191,7 +195,7 @@ def _architecture(config: PreTrainedConfig) -> str:
 
 def _read_summary(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"there is no summary {path}: make it with scripts/run_attack.py")
+        raise FileNotFoundError(f"there are no results {path}: make them with scripts/run_attack.py or run_certify.py")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -323,6 +327,17 @@ def _table_row(row: dict[str, Any], facts: CardFacts) -> dict[str, str]:
         "accuracy": _percent(row["accuracy"], row["ci95"]),
         "majority": _percent(row["accuracy_majority"], row["ci95_majority"]) if several else "",
         "worst": _percent(row["accuracy_worst_draw"], row["ci95_worst_draw"]) if several else "",
+        "num_images": str(row["num_images"]),
+    }
+
+
+def _certified_row(row: dict[str, Any]) -> dict[str, str]:
+    return {
+        "model": row["model"],
+        "sigma": _number(row["sigma"]),
+        "radius": _number(row["radius_l2"]),
+        "accuracy": _percent(row["certified_accuracy"], row["ci95"]),
+        "abstained": f"{row['abstained']:.1f}",
         "num_images": str(row["num_images"]),
     }
 
@@ -524,7 +539,7 @@ def main() -> int:
     for path in sorted((ROOT / "model_cards").glob("*/card.yaml")):
         folder = path.parent
         facts = load_recipe(path, CardFacts)
-        named |= {ROOT / summary for summary in facts.summaries}
+        named |= {ROOT / results for results in [*facts.summaries, *facts.certificates]}
         text = render_card(folder.name, facts, AutoConfig.from_pretrained(folder), root=ROOT)
         card = folder / "README.md"
         old = card.read_text(encoding="utf-8") if card.is_file() else ""

@@ -179,7 +179,7 @@ def test_unclear_and_missing_results_are_named(make_cards, world):
         make_cards.card_of_directory(directory, "org/x", world / "summary.json")
     with pytest.raises(ValueError, match="no row is of model 'purfied'"):
         make_cards.card_of_directory(directory, "org/x", world / "summary.json", model="purfied")
-    with pytest.raises(FileNotFoundError, match="make it with scripts/run_attack.py"):
+    with pytest.raises(FileNotFoundError, match="make them with scripts/run_attack.py"):
         make_cards.card_of_directory(directory, "org/x", world / "absent.json", model="purified")
 
 
@@ -209,14 +209,20 @@ def repository(make_cards, world, monkeypatch):
     return folder, call
 
 
-def test_cards_are_made_checked_and_stay_the_same(repository, capsys):
+def test_cards_are_made_checked_and_stay_the_same(repository, world, capsys):
     folder, call = repository
+    with open(folder / "card.yaml", "a") as file:
+        file.write("certificates: [certified.json]\n")
+    certified = {"model": "noisy", "sigma": 75, "radius_l2": 0.25, "certified_accuracy": 61.0, "ci95": [51.2, 70.0]}
+    certified |= {"abstained": 4.0, "num_images": 100}
+    (world / "certified.json").write_text(json.dumps({"rows": [certified], "provenance": {"device": "cpu"}}))
     assert call("--check") == 1
     assert not (folder / "README.md").exists()
     assert call() == 0
     text = (folder / "README.md").read_text()
     assert "**The paper's numbers, not this model's** (Table 1; ImageNet-1K" in text
     assert "| NIM-MAE | sigma 30 | 81.30 | 43.92 | 68.99 | 72.85 |" in text
+    assert "| noisy | 75 | 0.25 | 61.0 [51.2, 70.0] | 4.0 | 100 |" in text
     assert call("--check") == 0
     (folder / "README.md").write_text(text.replace("76.4", "86.4"))
     capsys.readouterr()
