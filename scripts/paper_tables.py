@@ -4,7 +4,8 @@
     python scripts/paper_tables.py --dataset cifar10
 
 `scripts/recipes/DATASET/paper.yaml` says what makes each row; `results/DATASET/*.json` are the summaries of attacks that
-were run. A step whose output is there already is left out of the commands.
+were run. A step whose output is there already is left out of the commands. The paper's numbers are ImageNet's, whatever the
+data set of ours.
 """
 
 import argparse
@@ -86,34 +87,42 @@ def read_tables(dataset: str) -> tuple[list[Table], dict[str, dict[str, Any]]]:
         known = sorted(file.parent.name for file in recipes.glob("*/paper.yaml"))
         raise FileNotFoundError(f"no tables for --dataset {dataset!r}; there are tables for {', '.join(known)}")
     content = yaml.safe_load(path.read_text())
+    # Another data set takes the rows of its `base`, less those it leaves out, with columns and recipes of its own.
+    base = yaml.safe_load((recipes / content["base"] / "paper.yaml").read_text()) if "base" in content else content
+    left_out, renamed = content.get("leave_out", {}), content.get("recipes", {})
     tables = []
-    for table in content["tables"]:
+    for table in base["tables"]:
         rows = []
         for row in table["rows"]:
             fields = {"dataset": dataset} | table.get("defaults", {}) | row
+            if any(fields.get(name) in values for name, values in left_out.items()):
+                continue
             fields |= {f"{name}_slug": slug(value) for name, value in fields.items() if isinstance(value, str)}
             fields["result"] = fields["result"].format(**fields)
             rows.append(
                 Row(
                     labels=tuple("-" if fields[name] is None else str(fields[name]) for name in table["label"]),
                     paper=fields["paper"],
-                    steps=tuple(_fill(step, fields) for step in fields["steps"]),
+                    steps=tuple(_fill(step, fields, renamed) for step in fields["steps"]),
                     result=fields["result"],
                     model=fields["model"],
                     sigma=fields["sigma"],
                 )
             )
-        tables.append(Table(table["title"], tuple(table["label"]), tuple(table["columns"]), tuple(rows)))
-    return tables, content["columns"]
+        if rows:
+            tables.append(Table(table["title"], tuple(table["label"]), tuple(table["columns"]), tuple(rows)))
+    columns = base["columns"] | content["columns"]
+    return tables, {name: {"paper_title": base["columns"][name]["title"]} | column for name, column in columns.items()}
 
 
-def _fill(step: dict[str, Any], fields: dict[str, Any]) -> Step:
+def _fill(step: dict[str, Any], fields: dict[str, Any], renamed: dict[str, str]) -> Step:
     recipe = step.get("recipe")
     if recipe is None:
         options = [f"--{name}" if value is True else f"--{name} {value}" for name, value in step["options"].items()]
         return Step(step["script"], step["output_dir"].format(**fields), None, tuple(options))
     overrides = tuple(f"{key}={value.format(**fields)}" for key, value in step["overrides"].items())
-    recipe = f"scripts/recipes/{fields['dataset']}/{recipe.format(**fields)}"
+    recipe = recipe.format(**fields)
+    recipe = f"scripts/recipes/{fields['dataset']}/{renamed.get(recipe, recipe)}"
     return Step(step["script"], step["output_dir"].format(**fields), recipe, overrides)
 
 
@@ -121,7 +130,8 @@ def our_row(summary: dict[str, Any] | None, row: Row, column: dict[str, Any]) ->
     """The row of a summary that belongs into a cell, or None."""
     if summary is None:
         return None
-    wanted = {key: value for key, value in column.items() if key != "title"} | {"model": row.model, "sigma": row.sigma}
+    wanted = {key: value for key, value in column.items() if key not in ("title", "paper_title")}
+    wanted |= {"model": row.model, "sigma": row.sigma}
     if row.sigma is None and wanted.get("threat_model") == "gray_box":
         wanted["threat_model"] = "white_box"  # without a defence there is none to be unaware of
     for found in summary["rows"]:
@@ -136,8 +146,8 @@ def print_table(table: Table, columns: dict[str, dict[str, Any]], results: Path)
     in_paper = {name for row in table.rows for name in row.paper}
     header = [name.replace("_", " ") for name in table.label_names]
     for name in table.columns:
-        title = columns[name]["title"]
-        header += [f"{title} paper", f"{title} ours"] if name in in_paper else [title]
+        title, paper_title = columns[name]["title"], columns[name]["paper_title"]
+        header += [f"{paper_title} paper", f"{title} ours"] if name in in_paper else [title]
     print(f"| {' | '.join(header)} |\n|{'|'.join(' --- ' for _ in header)}|")
     missing, sources = [], {}
     for row in table.rows:

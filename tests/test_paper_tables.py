@@ -1,4 +1,4 @@
-"""The ImageNet recipes and the map from the paper's rows to them, read by the loaders that will run them."""
+"""The recipes of whole data sets and the map from the paper's rows to them, read by the loaders that will run them."""
 
 import json
 import shlex
@@ -12,8 +12,13 @@ from modeling_nim.training.recipe import load_recipe
 
 
 paper_tables = reference.load_script("paper_tables")
-TABLES, COLUMNS = paper_tables.read_tables("imagenet")
-STEPS = {step.command: step for table in TABLES for row in table.rows for step in row.steps}
+every_dataset = pytest.mark.parametrize(
+    ("dataset", "data_path", "width"), [("imagenet", "ILSVRC/imagenet-1k", 768), ("cifar10", "data/cifar10", 192)]
+)
+
+
+def steps_of(dataset):
+    return {s.command: s for table in paper_tables.read_tables(dataset)[0] for row in table.rows for s in row.steps}
 
 
 def load_step(step):
@@ -28,16 +33,18 @@ def load_step(step):
 
 
 def test_every_row_of_the_paper_is_there():
-    assert [len(table.rows) for table in TABLES] == [10, 10, 7, 12, 3]
-    numbers = [number for table in TABLES for row in table.rows for number in row.paper.values()]
+    tables, _ = paper_tables.read_tables("imagenet")
+    assert [len(table.rows) for table in tables] == [10, 10, 7, 12, 3]
+    numbers = [number for table in tables for row in table.rows for number in row.paper.values()]
     assert len(numbers) == 10 * 4 + (10 + 7 + 12) * 2
     assert all(0 < number < 100 for number in numbers)
 
 
-def test_every_recipe_is_read_by_the_script_that_runs_it():
+@every_dataset
+def test_every_recipe_is_read_by_the_script_that_runs_it(dataset, data_path, width):
     """All steps of all rows with their overrides, and through them every file of the folder."""
     used = set()
-    for step in STEPS.values():
+    for step in steps_of(dataset).values():
         if step.recipe is None:
             options = shlex.split(step.command)[2:]
             arguments = reference.load_script("convert_checkpoint").parse_arguments(options)
@@ -45,21 +52,23 @@ def test_every_recipe_is_read_by_the_script_that_runs_it():
             continue
         recipe = load_step(step)
         assert recipe.output_dir == step.output_dir
-        assert recipe.data.path == "ILSVRC/imagenet-1k"
+        assert recipe.data.path == data_path
         if step.script == "run_pretrain.py":
-            assert make_config(recipe.model).hidden_size == 768
+            assert make_config(recipe.model).hidden_size == width
         used.add(step.recipe)
-    folder = paper_tables.ROOT / "scripts" / "recipes" / "imagenet"
-    assert used == {f"scripts/recipes/imagenet/{file.name}" for file in folder.glob("*.yaml")} - {
-        "scripts/recipes/imagenet/paper.yaml"
-    }
+    folder = paper_tables.ROOT / "scripts" / "recipes" / dataset
+    files = {f"scripts/recipes/{dataset}/{file.name}" for file in folder.glob("*.yaml")}
+    assert used <= files
+    if dataset == "imagenet":
+        assert files - used == {"scripts/recipes/imagenet/paper.yaml"}
 
 
-def test_one_output_has_one_command_and_inputs_are_outputs_of_earlier_steps():
+@every_dataset
+def test_one_output_has_one_command_and_inputs_are_outputs_of_earlier_steps(dataset, data_path, width):
     outputs = {}
-    for step in STEPS.values():
+    for step in steps_of(dataset).values():
         assert outputs.setdefault(step.output_dir, step.command) == step.command
-    for table in TABLES:
+    for table in paper_tables.read_tables(dataset)[0]:
         for row in table.rows:
             made = set()
             for step in row.steps:
@@ -69,8 +78,10 @@ def test_one_output_has_one_command_and_inputs_are_outputs_of_earlier_steps():
                 made.add(step.output_dir)
 
 
-def test_the_attack_of_each_row_makes_the_numbers_of_its_columns():
-    for table in TABLES:
+@every_dataset
+def test_the_attack_of_each_row_makes_the_numbers_of_its_columns(dataset, data_path, width):
+    tables, columns = paper_tables.read_tables(dataset)
+    for table in tables:
         for row in table.rows:
             recipe = load_step(row.steps[-1])
             plan = resolve(recipe)
@@ -78,7 +89,7 @@ def test_the_attack_of_each_row_makes_the_numbers_of_its_columns():
             sigmas = plan.sigmas if model.sigma is None and plan.sigmas else model.sigmas()
             assert row.sigma in (None, "mask") or row.sigma in sigmas
             for name in table.columns:
-                column = dict(COLUMNS[name])
+                column = columns[name]
                 if column["attack"] == "none":
                     continue
                 assert any(
@@ -162,6 +173,13 @@ def test_steps_that_are_done_are_left_out(results, capsys):
     (done / "config.json").write_text("{}")
     paper_tables.main([])
     assert f"output_dir={done.relative_to(results)} " not in capsys.readouterr().out
+
+
+def test_another_data_set_stands_beside_the_papers_numbers_under_its_own_titles(capsys):
+    paper_tables.main(["--dataset", "cifar10"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "| system | defence | Clean paper | Clean ours | WB paper | WB 4/255 ours |" in lines[3]
+    assert not any("MAE, released" in line or "gamma(40, 2)" in line or "NeurIPS" in line for line in lines)
 
 
 def test_an_unknown_data_set_is_refused_with_the_known_ones():
