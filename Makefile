@@ -24,7 +24,7 @@ demo: setup
 	$(BIN)/python scripts/make_figures.py outputs/demo
 
 test: setup lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
