@@ -82,7 +82,8 @@ class TrainingImages(Dataset):
 
     A batch is a dict: `pixels` (B, H, W, 3) uint8 and `labels` (B,) are tensors; `epochs` and `indices` (B,) are arrays
     that stay on the host, where they seed whatever is random about the image later on; `bad_images` are the messages of
-    the images that were skipped. A skipped image is replaced by the next good one: every step has its full batch.
+    the images that were skipped. A skipped image is replaced by the next good one: every step has its full batch. Where
+    bad images are not to be skipped, the `BadImageError` comes in place of the batch.
     """
 
     def __init__(
@@ -102,9 +103,12 @@ class TrainingImages(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         return self.__getitems__([key])
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, Any]:
+    def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, Any] | BadImageError:
         epochs, indices = (np.asarray(column, dtype=np.int64) for column in zip(*keys, strict=True))
-        return self.batch(epochs, indices, (self._good_images(int(index)) for index in indices))
+        try:
+            return self.batch(epochs, indices, (self._good_images(int(index)) for index in indices))
+        except BadImageError as error:
+            return error  # raised by who takes the batch: from a worker it would come as a page of traceback
 
     def _good_images(self, index: int) -> Iterator[tuple[bytes | np.ndarray, int, str]]:
         """The image at `index` and, in case it is bad, those after it."""
@@ -213,7 +217,10 @@ class StreamedImages(IterableDataset):
             # no image has a number of its own here: its place in the stream seeds what is random about it
             indices = (first + np.arange(self.batch_size)) * lanes + lane
             candidates = (itertools.islice(stream, MAX_REPLACEMENTS) for _ in indices)
-            yield self.images.batch(np.full(self.batch_size, self.seed), indices, candidates)
+            try:
+                yield self.images.batch(np.full(self.batch_size, self.seed), indices, candidates)
+            except BadImageError as error:
+                yield error
 
 
 def training_loader(

@@ -74,7 +74,7 @@ class Reporter:
         self.waiting_s = 0.0
         self.started = time.perf_counter()
 
-    def timed(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def timed(self, batches: Iterable[dict[str, Any] | Exception]) -> Iterator[dict[str, Any]]:
         """The batches, with the time that `next` takes counted as waiting for data and bad images noted."""
         iterator = iter(batches)
         while True:
@@ -84,6 +84,8 @@ class Reporter:
             except StopIteration:
                 return
             self.waiting_s += time.perf_counter() - before
+            if isinstance(batch, Exception):
+                raise batch
             self.bad_images += batch["bad_images"]
             yield batch
 

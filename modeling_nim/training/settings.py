@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import TorchDynamoPlugin
+from accelerate.utils import DistributedType, TorchDynamoPlugin
 
 from .recipe import recipe_to_dict
 
@@ -58,6 +58,8 @@ def make_accelerator(recipe: Any) -> Accelerator:
         log_with=recipe.logging.trackers or None,
         project_dir=recipe.output_dir,
     )
+    if recipe.optimization.ema_decay and accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError("optimization.ema_decay averages whole weights; unset it, or launch with DDP instead of FSDP")
     if recipe.logging.trackers:
         accelerator.init_trackers(recipe.logging.project, config=_flat(recipe_to_dict(recipe)))
     return accelerator

@@ -1,0 +1,88 @@
+"""Measure what the defence costs: latency of the purified classifier over the bare one, beside the ratio of their FLOPs.
+
+    python scripts/bench_purify.py [--size base --image_size 224 --batch_size 64] [--output outputs/bench/purify.json]
+
+Without options: ViT-B/16 at 224 in bf16 where there is a GPU, "tiny" at 64 pixels in float32 on a CPU.
+"""
+
+import argparse
+
+import numpy as np
+import torch
+
+from modeling_nim import (
+    MODEL_SIZES,
+    NIMClassifierConfig,
+    NIMConfig,
+    NIMForImageClassification,
+    NIMForPreTraining,
+    NIMPurifiedImageClassification,
+)
+from modeling_nim.cli import run_main
+from modeling_nim.training.bench import count_flops, machine, seconds_of, write_json
+
+
+def main() -> None:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="base" if on_gpu else "tiny")
+    parser.add_argument("--image_size", type=int, default=224 if on_gpu else 64)
+    parser.add_argument("--batch_size", type=int, default=64 if on_gpu else 8)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=on_gpu)
+    parser.add_argument("--output", default="outputs/bench/purify.json")
+    arguments = parser.parse_args()
+
+    torch.manual_seed(0)
+    device = torch.device("cuda" if on_gpu else "cpu")
+    size = MODEL_SIZES[arguments.size] | {"image_size": arguments.image_size}
+    purifier = NIMForPreTraining(NIMConfig(**size))
+    encoder = {name: value for name, value in size.items() if not name.startswith("decoder_")}
+    classifier = NIMForImageClassification(NIMClassifierConfig(**encoder, num_labels=1000))
+    purified = NIMPurifiedImageClassification.from_parts(purifier, classifier, sigma=30).eval().to(device)
+    pixel_values = torch.randn(arguments.batch_size, 3, arguments.image_size, arguments.image_size, device=device)
+    epsilon = torch.randn_like(pixel_values)
+
+    with torch.inference_mode():
+        flops = {
+            "bare": count_flops(lambda: classifier(pixel_values[:1])),
+            "purified": count_flops(lambda: purified(pixel_values[:1], epsilon=epsilon[:1])),
+        }
+    bare_call, purified_call = classifier, purified
+    if arguments.compile:
+        bare_call, purified_call = torch.compile(classifier), torch.compile(purified)
+
+    def bare() -> None:
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+            bare_call(pixel_values)
+
+    def defended() -> None:  # the noise is drawn in every call, as it is in use
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+            purified_call(pixel_values, epsilon=torch.randn_like(pixel_values))
+
+    seconds: dict[str, list[float]] = {"bare": [], "purified": []}
+    seconds_of(bare, device, 3), seconds_of(defended, device, 3)
+    for _ in range(arguments.rounds):  # in turns, so that a busy machine slows both alike
+        seconds["bare"] += seconds_of(bare, device, 1)
+        seconds["purified"] += seconds_of(defended, device, 1)
+    latency_ms = {name: 1000 * float(np.median(values)) for name, values in seconds.items()}
+    latency_ratio, flops_ratio = latency_ms["purified"] / latency_ms["bare"], flops["purified"] / flops["bare"]
+    result = {
+        "model": f"NIM-MAE {arguments.size}/{size['patch_size']} purifier and classifier",
+        "image_size": arguments.image_size,
+        "batch_size": arguments.batch_size,
+        "precision": "bf16" if on_gpu else "float32",
+        "compiled": arguments.compile,
+        "latency_ms": latency_ms,
+        "latency_ratio": latency_ratio,
+        "flops_per_image": flops,
+        "flops_ratio": flops_ratio,
+        "latency_ratio_over_flops_ratio": latency_ratio / flops_ratio,
+        **machine(device),
+    }
+    write_json(result, arguments.output)
+    print(f"purified costs {latency_ratio:.2f}x the bare latency, {flops_ratio:.2f}x its FLOPs: {arguments.output}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,167 @@
+"""The optimiser's side of a recipe, value by value."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from transformers import AutoConfig
+
+from modeling_nim import NIMClassifierConfig, NIMConfig, NIMForImageClassification, NIMForPreTraining, NIMSimMIMConfig
+from modeling_nim.training.models import ModelRecipe, draw_degradation, make_config, make_pretraining_model
+from modeling_nim.training.optimization import (
+    OptimizationRecipe,
+    learning_rate_at,
+    make_average,
+    make_optimizer,
+    make_plan,
+    set_learning_rate,
+    soft_cross_entropy,
+)
+
+
+SIZES = {
+    "image_size": 16,
+    "patch_size": 4,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
+
+
+def recipe(**changes) -> OptimizationRecipe:
+    return OptimizationRecipe(**{"batch_size": 64, "base_learning_rate": 1e-3, "epochs": 10} | changes)
+
+
+def test_plan_of_the_recipes_own_batch_is_silent():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan = make_plan(recipe(gradient_accumulation_steps=2, warmup_epochs=0.5), num_processes=4, num_images=1000)
+    assert (plan.per_device_batch_size, plan.global_batch_size) == (8, 64)
+    assert (plan.steps_per_epoch, plan.num_steps, plan.warmup_steps) == (15, 150, 8)
+    assert plan.peak_learning_rate == pytest.approx(1e-3 * 64 / 256)
+
+
+def test_another_global_batch_scales_the_learning_rate_and_says_so():
+    with pytest.warns(UserWarning, match=r"global batch is 192 .*recipe's is 64.*to 0.00075"):
+        plan = make_plan(recipe(per_device_batch_size=96), num_processes=2, num_images=1000)
+    assert plan.peak_learning_rate == pytest.approx(1e-3 * 192 / 256)
+    assert plan.num_steps == 50
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"steps": 3}, "exactly one of optimization.epochs"),
+        ({"epochs": None}, "exactly one of optimization.epochs"),
+        ({"batch_size": 0}, "optimization.batch_size must be above 0, got 0"),
+        ({"betas": [0.9]}, "two numbers"),
+        ({"ema_decay": 1.0}, "ema_decay must be in"),
+        ({"warmup_epochs": 1.0, "warmup_steps": 3}, "at most one"),
+    ],
+)
+def test_wrong_settings_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(**changes)
+
+
+def test_multistep_schedule_falls_at_its_epochs():
+    falling = recipe(schedule="multistep", decay_epochs=[4, 8], warmup_epochs=1)
+    plan = make_plan(falling, 1, 640)
+    rates = [learning_rate_at(10 * epoch, falling, plan) / plan.peak_learning_rate for epoch in (0, 1, 3.9, 4, 8)]
+    assert rates == pytest.approx([0, 1, 1, 0.1, 0.01])
+
+
+def test_optimizer_groups_hold_every_trainable_parameter_once():
+    config = NIMClassifierConfig(**SIZES, num_labels=5)
+    model = NIMForImageClassification(config)
+    optimizer = make_optimizer(model, recipe(layer_decay=0.5, betas=[0.9, 0.999]))
+    set_learning_rate(optimizer, 0.8)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    rates = {names[parameter]: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    decays = {names[p]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert "vit.embeddings.position_embeddings" not in rates  # frozen
+    assert rates["classifier.weight"] == 0.8 and rates["fc_norm.bias"] == 0.8
+    assert rates["vit.layers.1.mlp.fc1.weight"] == pytest.approx(0.4)
+    assert rates["vit.layers.0.mlp.fc1.weight"] == pytest.approx(0.2)
+    assert rates["vit.embeddings.patch_embeddings.projection.weight"] == pytest.approx(0.1)
+    assert decays["classifier.weight"] == 0.05 and decays["classifier.bias"] == decays["vit.embeddings.cls_token"] == 0
+
+
+def test_average_follows_its_definition():
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(model.weight, 1.0)
+    average = make_average(model, 0.9)
+    expected = None
+    for value in (1.0, 2.0, 4.0):
+        torch.nn.init.constant_(model.weight, value)
+        average.update_parameters(model)
+        expected = value if expected is None else 0.9 * expected + 0.1 * value
+    assert average.module.weight.item() == pytest.approx(expected)
+    assert not average.module.weight.requires_grad
+
+
+def test_soft_cross_entropy_of_hard_targets_is_the_usual_one():
+    logits, labels = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
+    smooth = torch.nn.functional.one_hot(labels, 4) * 0.9 + 0.1 / 4
+    expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+    torch.testing.assert_close(soft_cross_entropy(logits, smooth), expected)
+
+
+@pytest.mark.parametrize("architecture", ["nim_mae", "mae", "nim_simmim", "simmim"])
+def test_every_architecture_trains_on_draws_that_belong_to_the_image(architecture):
+    config = dict(SIZES) | ({"mask_patch_size": 8} if architecture == "simmim" else {})
+    model = make_pretraining_model(ModelRecipe(architecture, size="tiny", config=config))
+    assert model.config.degradation == ("noise" if architecture.startswith("nim") else "mask")
+    pixel_values, device = torch.randn(4, 3, 16, 16), torch.device("cpu")
+
+    def draws(seeds):
+        return draw_degradation(
+            model.config, len(seeds), [torch.Generator().manual_seed(seed) for seed in seeds], device
+        )
+
+    together, last = draws([1, 2, 3, 4]), draws([4])
+    for name, values in together.items():
+        assert torch.equal(values[3:], last[name])
+    loss = model(pixel_values, **together).loss
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    if model.config.degradation == "noise":
+        assert together["epsilon"].shape == (4, 3, 16, 16)
+        fixed = draw_degradation(model.config, 2, [torch.Generator() for _ in range(2)], device, sigma=30)
+        assert fixed["sigma"].tolist() == [30, 30]
+
+
+def test_model_recipes_refuse_what_the_configuration_does_not_have():
+    with pytest.raises(ValueError, match="'model.config.hidden_sise' is not for the architecture 'nim_mae'"):
+        make_config(ModelRecipe(config={"hidden_sise": 3}))
+    with pytest.raises(ValueError, match="model.config.degradation"):
+        make_config(ModelRecipe(config={"degradation": "mask"}))
+    base = make_config(ModelRecipe(size="base"))
+    assert (base.hidden_size, base.decoder_num_hidden_layers, base.patch_size) == (768, 8, 16)
+    assert isinstance(make_config(ModelRecipe("simmim", "base")), NIMSimMIMConfig)
+    assert isinstance(make_config(ModelRecipe("mae")), NIMConfig)
+
+
+def test_pretrained_directory_remembers_its_degradation(tmp_path):
+    model = make_pretraining_model(ModelRecipe("mae", size="tiny", config=SIZES))
+    model.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).degradation == "mask"
+    assert NIMForPreTraining.from_pretrained(tmp_path).decoder.mask_token.requires_grad
+
+
+@pytest.mark.parametrize(
+    "name, machines, processes",
+    [("cpu", 1, 1), ("gpu_1", 1, 1), ("gpu_8_ddp", 1, 8), ("gpu_8_fsdp2", 1, 8), ("nodes_2x8_ddp", 2, 16)],
+)
+def test_launch_configurations_are_understood_by_accelerate(name, machines, processes):
+    config = load_config_from_file(str(Path(__file__).parent.parent / "scripts" / "launch" / f"{name}.yaml"))
+    assert (config.num_machines, config.num_processes) == (machines, processes)
+    assert config.use_cpu == (name == "cpu")
+    if name == "gpu_8_fsdp2":
+        layers = {type(module).__name__ for module in make_pretraining_model(ModelRecipe(config=SIZES)).modules()}
+        assert config.fsdp_config["fsdp_version"] == 2
+        assert config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] in layers
