@@ -1,9 +1,10 @@
 """Measure the training loader against the plain Pillow pipeline, on the same photos, on one core.
 
-    python scripts/bench_loader.py --path FOLDER_OF_PARQUET --split validation [--output outputs/bench/loader.json]
+    python scripts/bench_loader.py [--path FOLDER_OF_PARQUET --split validation] [--output outputs/bench/loader.json]
 
-Plain: open, convert to RGB, crop, bicubic resize, float tensor, normalise. Ours: what a loader worker does, from the stored
-bytes to the flipped uint8 batch; `ours_normalized` adds on the same core what a training step does on the device.
+Without a path the photos are the two that come with scikit-learn, at ImageNet's usual 500 pixels. `plain` opens, converts to
+RGB, crops, resizes (bicubic), makes a float tensor and normalises. `ours` is what a loader worker does, from the stored bytes
+to the flipped uint8 batch; `ours_normalized` adds on the same core what a training step does on the device.
 """
 
 import argparse
@@ -13,11 +14,12 @@ import time
 import numpy as np
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from modeling_nim import normalize
 from modeling_nim.cli import run_main
 from modeling_nim.configuration_nim import IMAGENET_MEAN, IMAGENET_STD
-from modeling_nim.data import DataRecipe, load_source
+from modeling_nim.data import DataRecipe, ImageSource, load_source
 from modeling_nim.data.loader import NUM_CROP_ATTEMPTS, CropRecipe, TrainingImages, random_window, to_images_01
 from modeling_nim.data.randomness import image_seeds, uniforms
 from modeling_nim.training.bench import machine, write_json
@@ -36,9 +38,33 @@ def plain_pipeline(source, indices, numbers, crop: CropRecipe, size: int) -> tor
     return torch.stack(images)  # (B, 3, H, W)
 
 
+class SamplePhotos(ImageSource):
+    """scikit-learn's two sample photos, again and again, re-encoded at 500 pixels and quality 90."""
+
+    class_names = ["photo"]
+
+    def __init__(self, num_images: int = 250):
+        self.num_images = num_images
+        self.photos = []
+        for pixels in load_sample_images().images:
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).resize((500, 334), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+            self.photos.append(buffer.getvalue())
+        self.fingerprint = f"scikit-learn's sample photos, repeated: {num_images}"
+
+    def __len__(self):
+        return self.num_images
+
+    def stored(self, index):
+        return self.photos[index % len(self.photos)], 0
+
+    def image_id(self, index):
+        return f"photo {index}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--path", required=True)
+    parser.add_argument("--path")
     parser.add_argument("--split", default="validation")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch_size", type=int, default=50)
@@ -47,7 +73,10 @@ def main() -> None:
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)
-    source = load_source(DataRecipe(source="parquet", path=arguments.path, test_split=arguments.split), "test")
+    if arguments.path:
+        source = load_source(DataRecipe(source="parquet", path=arguments.path, test_split=arguments.split), "test")
+    else:
+        source = SamplePhotos()
     crop = CropRecipe()
     images = TrainingImages(source, crop, arguments.size, seed=0)
     batches = np.array_split(np.arange(len(source)), max(1, len(source) // arguments.batch_size))

@@ -109,6 +109,8 @@ def main() -> None:
     purified_model = None
     if recipe.purifier:
         purifier = load_purifier(recipe.purifier).to(accelerator.device)
+        if recipe.execution.compile:
+            purifier.compile()
         purified_model = NIMPurifiedImageClassification.from_parts(purifier, model, recipe.defense_sigma)
     if recipe.execution.gradient_checkpointing:
         model.gradient_checkpointing_enable()

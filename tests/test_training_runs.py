@@ -1,11 +1,18 @@
 """Whole training runs: broken off, resumed, shared among processes. The curves must be the same."""
 
+import io
 import random
+import re
 import signal
 
 import pytest
+import torch
+from PIL import Image
 from safetensors.torch import load_file
-from training_runs import FINETUNE, PRETRAIN, losses, records, run, stop_at
+from training_runs import FINETUNE, PRETRAIN, last_step, losses, records, run, stop_at
+
+from modeling_nim import NIMForImageClassification, NIMForPreTraining, NIMPurifiedImageClassification
+from modeling_nim.training.checkpoints import checkpoint_path, list_checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +52,100 @@ def test_two_processes_and_accumulation_give_the_single_process_curve(tmp_path):
     assert len(expected) == 20
     for name in ("two", "accumulated"):
         assert losses(tmp_path / name) == pytest.approx(expected, abs=1e-4)
+
+
+def test_sigterm_saves_and_exits_well_and_a_damaged_checkpoint_is_passed_over(pretrained, tmp_path):
+    output_dir = tmp_path / "run"
+    assert stop_at("run_pretrain", PRETRAIN, output_dir, 5, signal.SIGTERM) == 0
+    (stopped_at,) = [step for step, _ in list_checkpoints(output_dir / "checkpoints")][-1:]
+    assert 5 <= stopped_at < 12 and last_step(output_dir) == stopped_at
+    assert not (output_dir / "model.safetensors").exists()
+    assert f"stopped at step {stopped_at} of 12" in output_dir.with_suffix(".txt").read_text()
+
+    newest = checkpoint_path(output_dir / "checkpoints", stopped_at)
+    with open(f"{newest}/optimizer.bin", "r+b") as file:
+        file.seek(2000)
+        file.write(b"\xff" * 64)
+    printed = run("run_pretrain", PRETRAIN, output_dir)
+    assert f"{newest!r} is damaged (optimizer.bin is not as it was written)" in printed
+    assert losses(output_dir) == losses(pretrained)
+    assert [step for step, _ in list_checkpoints(output_dir / "checkpoints")] == [9, 12]  # the newest two
+    assert not [path for path in output_dir.rglob("*") if "incomplete" in path.name]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    settings = ("optimization.base_learning_rate=1e38", "optimization.warmup_steps=4", "checkpoints.every_steps=1")
+    printed = run("run_pretrain", PRETRAIN, tmp_path / "run", *settings, exit_code=2)
+    (message,) = re.findall(r"error: the loss is (?:nan|inf) at step (\d+)", printed)
+    assert [step for step, _ in list_checkpoints(tmp_path / "run" / "checkpoints")][-1] == int(message) - 1
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_two_hundred_bad_files_are_named_and_do_not_end_the_run(tmp_path):
+    good = io.BytesIO()
+    Image.radial_gradient("L").resize((40, 40)).save(good, "JPEG")
+    cmyk = io.BytesIO()
+    Image.new("CMYK", (40, 40), (9, 99, 0, 0)).save(cmyk, "JPEG")
+    dot = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(dot, "PNG")
+    kinds = {"garbage": b"\xff\xd8\xff\xe0nothing", "truncated": good.getvalue()[:400], "zero": b""}
+    kinds |= {"cmyk": cmyk.getvalue(), "dot": dot.getvalue()}
+    folder = tmp_path / "images" / "train" / "class0"
+    folder.mkdir(parents=True)
+    for number in range(40):
+        (folder / f"good{number:02d}.jpg").write_bytes(good.getvalue())
+        for name, content in kinds.items():
+            (folder / f"{name}{number:02d}.jpg").write_bytes(content)
+
+    source = {"source": "folder", "path": str(tmp_path / "images"), "num_workers": 2}
+    printed = run("run_pretrain", PRETRAIN | {"data": source}, tmp_path / "strict", exit_code=2)
+    assert re.search(r"error: .*cannot read image 'class0/.*jpg'.*data.on_bad_image=skip", printed)
+    assert "Traceback" not in printed
+    skipping = PRETRAIN | {"data": source | {"on_bad_image": "skip"}}
+    skipping["optimization"] = PRETRAIN["optimization"] | {"steps": 15}  # 15 * 16 images: each of the 240 once
+    printed = run("run_pretrain", skipping, tmp_path / "run")
+    messages = [record["bad_image"] for record in records(tmp_path / "run") if "bad_image" in record]
+    for number in range(40):
+        for name in kinds:
+            named = [message for message in messages if f"{name}{number:02d}.jpg" in message]
+            assert len(named) == (0 if name == "cmyk" else 1)
+    assert len(messages) == 160 and "160 bad images were skipped" in printed
+
+
+def test_finetuning_validates_keeps_the_best_and_composes_the_purified_model(pretrained, tmp_path):
+    recipe = FINETUNE | {"init": str(pretrained), "validation": {"split": "validation", "every_epochs": 0.05}}
+    recipe["data"] = {"source": "digits", "validation_fraction": 0.1}
+    run("run_finetune", recipe, tmp_path / "run", "logging.trackers=[tensorboard]")
+    accuracies = [
+        record["validation_accuracy"] for record in records(tmp_path / "run") if "validation_accuracy" in record
+    ]
+    assert len(accuracies) == 3 and all(0 <= accuracy <= 100 for accuracy in accuracies)
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+    classifier = NIMForImageClassification.from_pretrained(tmp_path / "run").eval()
+    purified = NIMPurifiedImageClassification.from_pretrained(tmp_path / "run" / "purified").eval()
+    assert purified.config.id2label[7] == "7" and purified.config.sigma == 30
+    weights, purifier = purified.state_dict(), NIMForPreTraining.from_pretrained(pretrained).state_dict()
+    assert all(torch.equal(weights[f"purifier.{key}"], purifier[key]) for key in purifier)  # frozen
+    assert all(torch.equal(weights[f"classifier.{key}"], value) for key, value in classifier.state_dict().items())
+    best = load_file(tmp_path / "run" / "best" / "model.safetensors")
+    assert best.keys() == classifier.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["init=outputs/no/such/model"], "no model directory 'outputs/no/such/model'"),
+        (["sigma=-3"], "sigma must be >= 0"),
+        (["data.source=folder", "data.path=nowhere"], "no folder 'nowhere/train'"),
+        (["optimisation.steps=3"], "unknown recipe key 'optimisation' (did you mean 'optimization'?)"),
+        (["optimization.batch_size=4000"], "one step takes 4000 images and the training split has 1437"),
+        (["optimization.gradient_accumulation_steps=3"], "does not divide into 1 processes x 3 accumulation steps"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing_behind(overrides, message, pretrained, tmp_path):
+    printed = run("run_finetune", FINETUNE | {"init": str(pretrained)}, tmp_path / "run", *overrides, exit_code=2)
+    (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert "Traceback" not in printed
+    assert not (tmp_path / "run").exists()

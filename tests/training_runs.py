@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -67,6 +68,8 @@ def _child(script: str, arguments: list[str], num_processes: int, log: str) -> N
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)  # not the test runner's
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     torch.set_num_threads(1)
     if num_processes == 1:
         load_script("run_pretrain").run_main(lambda: _run(script, arguments))
