@@ -23,7 +23,7 @@ from modeling_nim.robustness.attacks import (
 from modeling_nim.robustness.draws import EVALUATE, evaluation_order, stream_seed
 from modeling_nim.robustness.evaluation import attack_images, score_batch
 from modeling_nim.robustness.protocols import AttackRecipe, Job, ModelRecipe
-from modeling_nim.robustness.targets import ClassifierTarget, PurifiedTarget
+from modeling_nim.robustness.targets import ClassifierTarget, PurifiedTarget, project_patches_by_matrix_product
 
 
 ALL_ATTACKS = [
@@ -333,6 +333,22 @@ def test_a_purified_target_draws_what_the_model_draws(purifier, classifier):
     target = PurifiedTarget("p", model, sigma=30)
     torch.testing.assert_close(logits, target.logits(images_01, target.draw(seeds)), atol=1e-6, rtol=0)
     assert purified.min() >= -1e-6 and purified.max() <= 1 + 1e-6 and degraded.max() > 1
+
+
+def test_patch_projections_become_matrix_products_of_the_same_value(purifier, classifier):
+    model = NIMPurifiedImageClassification.from_parts(purifier, classifier, sigma=30)
+    x, epsilon = torch.rand(2, 3, 16, 16, requires_grad=True), torch.randn(2, 3, 16, 16)
+    before, keys = model(x, epsilon=epsilon).logits, list(model.state_dict())
+    gradient = torch.autograd.grad(before.square().sum(), x)[0]
+    assert project_patches_by_matrix_product(model) is model
+    assert not [module for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert list(model.state_dict()) == keys
+    after = model(x, epsilon=epsilon).logits
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(after.square().sum(), x)[0], gradient, atol=1e-5, rtol=1e-4)
+    ordinary = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Conv2d(3, 4, 2, stride=1))
+    project_patches_by_matrix_product(ordinary)  # these overlap, and stay
+    assert all(isinstance(module, torch.nn.Conv2d) for module in ordinary)
 
 
 def test_without_its_purifier_a_purified_model_is_its_classifier(purifier, classifier):
