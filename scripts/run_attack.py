@@ -28,7 +28,7 @@ from modeling_nim.robustness.pictures import reconstruction_records, store_pictu
 from modeling_nim.robustness.protocols import AttackRunRecipe, plan_jobs, resolve
 from modeling_nim.robustness.records import RecordFile, plan_units, read_jsonl, run_settings, write_json, write_jsonl
 from modeling_nim.robustness.summary import model_key, summarise, table
-from modeling_nim.robustness.targets import load_purifier, load_targets, model_hash
+from modeling_nim.robustness.targets import check_classes, load_purifier, load_targets, model_hash
 from modeling_nim.training.recipe import load_recipe
 
 
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     source = load_source(recipe.data, recipe.split)
     targets, processors = load_targets(recipe.models, device, default_sigmas=resolve(recipe).sigmas)
+    check_classes(targets, source.class_names)
     undefended = [target.name for target in targets if target.sigma is None]
     plan = resolve(recipe, undefended)
     jobs = plan_jobs(plan, targets, len(source))

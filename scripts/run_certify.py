@@ -23,7 +23,7 @@ from modeling_nim.robustness.certification import CertifyRecipe, certified_rows,
 from modeling_nim.robustness.draws import evaluation_order
 from modeling_nim.robustness.evaluation import measure_speed
 from modeling_nim.robustness.records import RecordFile, plan_units, read_jsonl, run_settings, write_json
-from modeling_nim.robustness.targets import load_targets, model_hash
+from modeling_nim.robustness.targets import check_classes, load_targets, model_hash
 from modeling_nim.training.recipe import load_recipe
 
 
@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     source = load_source(recipe.data, recipe.split)
     targets, processors = load_targets(recipe.models, accelerator.device)
+    check_classes(targets, source.class_names)
     order = evaluation_order([source.image_id(index) for index in range(len(source))])[: recipe.num_images]
     sigmas, models, expected = [], {}, 0.0
     for target, processor in zip(targets, processors, strict=True):

@@ -20,6 +20,8 @@ from modeling_nim import (
     NIMPurifiedImageClassification,
 )
 from modeling_nim.image_processing import image_processor_for
+from modeling_nim.robustness.certification import CertifyRecipe
+from modeling_nim.robustness.protocols import AttackRunRecipe, resolve
 
 
 ROOT = Path(__file__).parents[1]
@@ -191,6 +193,23 @@ def test_bad_recipes_are_refused_before_anything_is_written(recipe, models, tmp_
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_attack(tmp_path / "recipe.yaml", recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_every_recipe_of_the_repository_can_be_read():
+    load = reference.load_script("run_attack").load_recipe
+    recipes = [*ROOT.glob("scripts/recipes/attack/*.yaml"), *ROOT.glob("scripts/recipes/digits/attack*.yaml")]
+    assert len(recipes) == 7
+    for path in recipes:
+        assert resolve(load(path, AttackRunRecipe)).attacks
+    assert load(ROOT / "scripts/recipes/digits/certify.yaml", CertifyRecipe).num_draws == 1000
+
+
+def test_a_model_for_fewer_classes_than_the_data_have_is_refused(recipe, classifier, tmp_path):
+    classifier.save_pretrained(tmp_path / "five")
+    image_processor_for(classifier.config).save_pretrained(tmp_path / "five")
+    recipe["models"] = [{"name": "five", "path": str(tmp_path / "five")}]
+    with pytest.raises(ValueError, match="tells 5 classes apart, the data have 10"):
+        run_attack(tmp_path / "recipe.yaml", recipe, tmp_path / "out")
 
 
 def test_any_purifier_before_any_classifier(recipe, models, tmp_path):

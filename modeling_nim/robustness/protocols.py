@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -278,7 +279,9 @@ class Protocol:
     sigmas: list[float | str] | None = None  # of defended models whose recipe gives none
 
 
-def protocol(name: str, epsilon_255: list[float] | None = None, sources: list[str] = ()) -> Protocol:
+def protocol(
+    name: str, epsilon_255: list[float] | None = None, sources: Sequence[str] = (), num_images: int | None = None
+) -> Protocol:
     """A protocol by name.
 
     - `smoke`: 64 images, PGD-10. Says that everything runs, and nothing else.
@@ -287,9 +290,10 @@ def protocol(name: str, epsilon_255: list[float] | None = None, sources: list[st
     - `neurips`: the other version of the paper: sigma 70 and 140, 4/255, FGSM, PGD-10, AutoAttack.
     - `standard`: what a randomised defence has to stand today: 512 images, PGD-100 with EOT-20 and 2 restarts, AutoAttack's
       `rand`, transfer from the classifier, from its features and from `sources`, averaged Square, the patch-mean attack,
-      the known draw, 3 seeds, 10 draws; sweeps over steps and EOT samples, and 128/255, where nothing may survive.
+      the known draw, 3 seeds, 10 draws; on a quarter of the images sweeps over steps and EOT samples, and 128/255, where
+      nothing may survive.
 
-    `epsilon_255` replaces the main budgets (2/255; `neurips` 4/255; `standard` 2 and 4/255).
+    `epsilon_255` replaces the main budgets (2/255; `neurips` 4/255; `standard` 2 and 4/255), `num_images` the images.
     """
     if name == "smoke":
         return Protocol([AttackRecipe("pgd", epsilon_255=epsilon_255 or [2.0])], 64, [0], 10)
@@ -312,7 +316,8 @@ def protocol(name: str, epsilon_255: list[float] | None = None, sources: list[st
     if name == "standard":
         main = epsilon_255 or [2.0, 4.0]
         strong = {"steps": 100, "eot_samples": 20}
-        sweep = {"epsilon_255": main[-1:], "seeds": [0], "num_images": 128}
+        total = num_images or 512
+        sweep = {"epsilon_255": main[-1:], "seeds": [0], "num_images": max(1, total // 4)}
         attacks = [
             AttackRecipe("pgd", epsilon_255=main, restarts=2, **strong),
             AttackRecipe("autoattack_rand", epsilon_255=main, **strong),
@@ -324,9 +329,9 @@ def protocol(name: str, epsilon_255: list[float] | None = None, sources: list[st
             AttackRecipe("square", epsilon_255=main, queries=5000, eot_samples=5),
             *(AttackRecipe("pgd", steps=steps, eot_samples=20, **sweep) for steps in (10, 20, 50, 100)),
             *(AttackRecipe("pgd", steps=20, eot_samples=eot, **sweep) for eot in (1, 5, 40)),
-            AttackRecipe("pgd", steps=20, eot_samples=20, epsilon_255=[128.0], seeds=[0], num_images=128),
+            AttackRecipe("pgd", steps=20, eot_samples=20, **(sweep | {"epsilon_255": [128.0]})),
         ]
-        return Protocol(attacks, 512, [0, 1, 2], 10)
+        return Protocol(attacks, total, [0, 1, 2], 10)
     raise ValueError(f"unknown protocol {name!r}; known: smoke, paper, neurips, standard")
 
 
@@ -346,13 +351,13 @@ class Job:
         return "none" if self.attack is None else self.attack.label
 
 
-def resolve(recipe: AttackRunRecipe, undefended: list[str] = ()) -> Protocol:
+def resolve(recipe: AttackRunRecipe, undefended: Sequence[str] = ()) -> Protocol:
     """The protocol and the recipe's own attacks, with the recipe's overrides; transfer is made on the `undefended`."""
     base = Protocol([], None, [0], 10)
     if (recipe.protocol is not None or recipe.attacks) and not recipe.models:
         raise ValueError("the recipe names attacks and no models; add a 'models' list")
     if recipe.protocol is not None:
-        base = protocol(recipe.protocol, recipe.epsilon_255, undefended)
+        base = protocol(recipe.protocol, recipe.epsilon_255, undefended, recipe.num_images)
     elif not recipe.attacks and recipe.reconstruction is None:
         raise ValueError("the recipe names neither a protocol nor attacks; add e.g. protocol: smoke")
     attacks = [*base.attacks, *recipe.attacks]

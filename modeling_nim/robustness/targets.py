@@ -275,6 +275,16 @@ def _make_target(recipe: Any, model: nn.Module, processor: Any, sigma: str | flo
     return ClassifierTarget(recipe.name, model, [0.0] * 3, [1.0] * 3)
 
 
+def check_classes(targets: Sequence[Target], class_names: Sequence[str]) -> None:
+    """ValueError when a model knows fewer classes than the data have: its accuracy would mean nothing."""
+    for target in targets:
+        known = target.model.config.num_labels
+        if known < len(class_names):
+            raise ValueError(
+                f"{target.name} tells {known} classes apart, the data have {len(class_names)}: name the data it was trained for"
+            )
+
+
 def load_purifier(path: str, device: torch.device | str) -> tuple[nn.Module, Any]:
     """A pre-trained model and its processor."""
     model = _load(AutoModelForPreTraining, path).eval().requires_grad_(False).to(device)
