@@ -55,14 +55,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         labels = torch.tensor([source.stored(index)[1] for index in indices], device=device)
         return images_01, labels, [source.image_id(index) for index in indices]
 
-    models, speeds = {}, []
+    models, speeds = {}, {}
     for index, target in enumerate(targets):
         images_01 = load_batch(index, range(min(16, len(source))))[0]
         models[model_key(target.name, target.sigma)] = {
             "hash": model_hash(target.model),
             "repeatable": target.repeats_itself(images_01),
         }
-        speeds.append(measure_speed(target, images_01, recipe.micro_batch))
+        if target.name not in speeds:  # sigma changes nothing about the cost
+            speeds[target.name] = measure_speed(target, images_01, recipe.micro_batch)
     if jobs:
         accelerator.print(cost_table(jobs, targets, speeds, plan.num_draws, accelerator.num_processes))
 

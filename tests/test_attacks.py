@@ -274,6 +274,13 @@ def test_known_draw_is_the_scored_one():
     assert [record["predictions"] for record in records] == shown.argmax(1)[:, None].tolist()
 
 
+def test_the_control_is_made_again_where_it_is_under_way_elsewhere():
+    target, x, labels = NoisyTarget(), images(4), torch.arange(4)
+    records, attacked = attack_and_score(target, AttackRecipe("pgd", steps=2), x, labels, 8, num_draws=5)
+    job = Job(0, AttackRecipe("pgd", steps=2), "white_box", 8, 0, 4)
+    assert score_batch(job, [target], attacked, x, labels, names(4), {}, 5, 64) == records
+
+
 def test_knowing_the_draw_is_worth_more_than_not_knowing_it():
     target, x = NoisyTarget(), images(100)
     clean = decide(target_forward(target), x, names(100), 9, EVALUATE, 50, 256).argmax(-1)

@@ -291,7 +291,8 @@ def test_units_cover_every_image_once():
 
 def test_the_cost_before_the_start_counts_the_passes():
     target = NoisyTarget()
-    speeds = [{"full_forward": 1.0, "full_gradient": 3.0, "classifier_forward": 0.5, "classifier_gradient": 1.5}]
+    speed = {"full_forward": 1.0, "full_gradient": 3.0, "classifier_forward": 0.5, "classifier_gradient": 1.5}
+    speeds = {"noisy": speed}
 
     def seconds(recipe, threat):
         return seconds_per_image(Job(0, recipe, threat, 8.0, 0, 10), [target], speeds, num_draws=10)
@@ -304,7 +305,7 @@ def test_the_cost_before_the_start_counts_the_passes():
     assert seconds(AttackRecipe("square", queries=500), "black_box") == 500 + 10 + 10
     text = cost_table([Job(0, AttackRecipe("pgd", steps=5), "white_box", 8.0, 0, 10)], [target], speeds, 10, 2)
     assert "25000.0 s" in text and "about 125 s with 2 process(es)" in text
-    assert set(measure_speed(target, images(2), 8)) == set(speeds[0])
+    assert set(measure_speed(target, images(2), 8)) == set(speed)
 
 
 def test_model_hash_sees_every_weight(classifier):

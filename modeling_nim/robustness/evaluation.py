@@ -48,8 +48,8 @@ def attack_images(
     selection_draws = num_draws if target.is_random and not known_draw else 1
     if recipe.skips(selection_draws):
         purpose = EVALUATE if known_draw else SELECT  # who knows the draw need not guess whether it is right
-        logits = decide(target_forward(target), images_01, image_ids, job.seed, purpose, selection_draws,
-                        _rows(micro_batch, target))  # fmt: skip
+        rows = _rows(micro_batch, target)
+        logits = decide(target_forward(target), images_01, image_ids, job.seed, purpose, selection_draws, rows)
         ever_right = (logits.argmax(dim=-1) == labels[:, None]).any(dim=1)
         kept = ever_right.nonzero().flatten().tolist()
     result = Attacked(images_01.clone(), [0] * batch, [0] * batch, [image not in set(kept) for image in range(batch)])
@@ -76,9 +76,7 @@ def _attack(job, targets, images_01, labels, image_ids, selection_draws, micro_b
         forward = target_forward(view)
     elif job.threat_model == "gray_box":
         forward = _without_draws(target.classifier_logits)
-    sees_randomness = (
-        view.is_random and job.threat_model != "gray_box" or recipe.attack == "transfer" and view.is_random
-    )
+    sees_randomness = view.is_random and (job.threat_model != "gray_box" or recipe.attack == "transfer")
     known_draw = job.threat_model == "white_box_known_draw"
 
     def oracle_for(row_loss: str) -> Oracle:
@@ -114,9 +112,8 @@ def _attack(job, targets, images_01, labels, image_ids, selection_draws, micro_b
         )
     if recipe.targeted:
         # the likeliest wrong class, as the attacker sees it
-        logits = decide(forward, images_01, image_ids, job.seed, SELECT, selection_draws, oracle.micro_batch).mean(
-            dim=1
-        )
+        logits = decide(forward, images_01, image_ids, job.seed, SELECT, selection_draws, oracle.micro_batch)
+        logits = logits.mean(dim=1)  # (B, num_classes)
         oracle.labels = logits.scatter(1, labels[:, None], -torch.inf).argmax(dim=1)
 
     candidates = []
@@ -159,9 +156,8 @@ class _TensorModel(nn.Module):
         super().__init__()
         self.oracle = oracle
         self.calls = 0
-        self.anchor = nn.Parameter(
-            torch.zeros((), device=device), requires_grad=False
-        )  # where torchattacks reads the device
+        # torchattacks reads the device from the first parameter
+        self.anchor = nn.Parameter(torch.zeros((), device=device), requires_grad=False)
 
     def forward(self, images_01: torch.Tensor) -> torch.Tensor:
         pieces = []
@@ -214,7 +210,8 @@ def score_batch(
 ) -> list[dict[str, Any]]:
     """One record per image: predictions on the evaluation draws, and the perturbation measured on what was scored.
 
-    `clean_predictions` are those of the control with the same seed, on the same draws.
+    `clean_predictions` are those of the control with the same seed, on the same draws; images that are not among them are
+    put to the model once more (with more processes than batches, the control may be under way elsewhere).
     """
     target = targets[job.target]
     draws = num_draws if target.is_random and job.threat_model != "white_box_known_draw" else 1
@@ -222,6 +219,9 @@ def score_batch(
     forward = target_forward(target)
     logits = decide(forward, adversarial_01, image_ids, job.seed, EVALUATE, draws, _rows(micro_batch, target))
     predictions = logits.argmax(dim=-1)  # (B, draws)
+    if job.attack is not None and not set(image_ids) <= set(clean_predictions):
+        clean = decide(forward, images_01, image_ids, job.seed, EVALUATE, draws, _rows(micro_batch, target))
+        clean_predictions = dict(zip(image_ids, clean.argmax(dim=-1).tolist(), strict=True))
     losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(draws), reduction="none").view(-1, draws)
     perturbation = (adversarial_01.double() - images_01.double()).flatten(1) * 255
     records = []
@@ -258,7 +258,7 @@ def score_batch(
 
 def measure_speed(target: Target, images_01: torch.Tensor, micro_batch: int) -> dict[str, float]:
     """Seconds per row of a forward pass, a gradient, and a gradient of the classifier alone, on this machine."""
-    rows = _rows(micro_batch, target)
+    rows = min(_rows(micro_batch, target), 64)
     images = images_01[torch.arange(rows) % len(images_01)]
     labels = torch.zeros(rows, dtype=torch.long, device=images.device)
     ids = [f"speed/{row}" for row in range(rows)]
@@ -280,17 +280,19 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds_per_image(job: Job, targets: Sequence[Target], speeds: Sequence[dict[str, float]], num_draws: int) -> float:
-    """Expected seconds that the job spends on one image, from the counts of its passes and the measured speeds."""
+def seconds_per_image(
+    job: Job, targets: Sequence[Target], speeds: dict[str, dict[str, float]], num_draws: int
+) -> float:
+    """Expected seconds that the job spends on one image, from the counts of its passes and each model's `measure_speed`."""
     target, recipe = targets[job.target], job.attack
     draws = num_draws if target.is_random and job.threat_model != "white_box_known_draw" else 1
-    speed = speeds[job.target]
+    speed = speeds[target.name]
     seconds = draws * speed["full_forward"]  # scoring
     if recipe is None:
         return seconds
     part = "full"
     if recipe.attack == "transfer":
-        speed = next(speeds[index] for index, other in enumerate(targets) if other.name == recipe.source)
+        speed = speeds[recipe.source]
     elif job.threat_model == "gray_box":
         part = "classifier"
     seconds += recipe.gradients_per_image * speed[f"{part}_gradient"]
@@ -306,7 +308,7 @@ def seconds_per_image(job: Job, targets: Sequence[Target], speeds: Sequence[dict
 def cost_table(
     jobs: Sequence[Job],
     targets: Sequence[Target],
-    speeds: Sequence[dict[str, float]],
+    speeds: dict[str, dict[str, float]],
     num_draws: int,
     num_processes: int = 1,
 ) -> str:
