@@ -9,6 +9,7 @@ compilation, with an unfused optimiser.
 """
 
 import argparse
+import copy
 
 import numpy as np
 import torch
@@ -66,21 +67,10 @@ def main() -> None:
     step_flops = count_flops(lambda: plain(pixel_values[:2], sigma=sigma[:2], epsilon=epsilon[:2]).loss.backward()) / 2
     plain.zero_grad(set_to_none=True)
 
-    # The peers first, so that what they leave in memory is gone before ours is measured
-    eager_optimizer = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-6, foreach=False)
-
-    def eager_step() -> None:
-        images = normalize(to_images_01(pixels), config.image_mean, config.image_std)
-        plain(images).loss.backward()
-        eager_optimizer.step()
-        eager_optimizer.zero_grad()
-
-    torch.set_float32_matmul_precision("highest")
-    seconds_of(eager_step, device, 1)
-    eager = seconds_of(eager_step, device, max(2, arguments.steps // 4))
-    torch.set_float32_matmul_precision("high" if on_gpu else "highest")
-    plain.zero_grad(set_to_none=True)
-
+    eager_model = copy.deepcopy(plain)
+    eager_optimizer = torch.optim.AdamW(
+        [p for p in eager_model.parameters() if p.requires_grad], lr=1e-6, foreach=False
+    )
     model, optimizer = accelerator.prepare(plain, make_optimizer(plain, recipe))
     model.train()
     counter = iter(range(10**9))
@@ -89,6 +79,13 @@ def main() -> None:
         with accelerator.autocast():
             loss = model(pixel_values, sigma=sigma, epsilon=epsilon).loss
         accelerator.backward(loss)
+
+    def eager_step() -> None:
+        torch.set_float32_matmul_precision("highest")
+        eager_model(normalize(to_images_01(pixels), config.image_mean, config.image_std)).loss.backward()
+        eager_optimizer.step()
+        eager_optimizer.zero_grad()
+        torch.set_float32_matmul_precision("high" if on_gpu else "highest")
 
     def our_step() -> None:
         step = next(counter)
@@ -105,14 +102,17 @@ def main() -> None:
     seconds_of(bare_step, device, warmup)
     optimizer.zero_grad()
     seconds_of(our_step, device, warmup)
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    bare, ours = [], []
-    for _ in range(arguments.steps):  # in turns, so that a busy machine slows both alike
+    seconds_of(eager_step, device, 1)
+    bare, ours, eager = [], [], []
+    for _ in range(arguments.steps):  # in turns, so that a busy machine slows all alike
         bare += seconds_of(bare_step, device, 1)
         optimizer.zero_grad()
         ours += seconds_of(our_step, device, 1)
+        eager += seconds_of(eager_step, device, 1)
+    eager_model.to("cpu"), eager_optimizer.state.clear()  # out of the way of the memory that is measured
     if on_gpu:  # without waiting between steps, as training runs
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
         ours = [seconds_of(lambda: [our_step() for _ in range(10)], device, 1)[0] / 10 for _ in range(3)]
     memory_gib = peak_memory_gib()
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU

@@ -195,18 +195,17 @@ def main() -> None:
         if stopping or step == plan.num_steps:
             break
 
-    reporter.close()
     if step < plan.num_steps:
         accelerator.print(f"stopped at step {step} of {plan.num_steps}; the same command goes on from there")
-        return
-    save_model_dir(accelerator, model, recipe.output_dir, average)
-    if purified_model and accelerator.is_main_process:
-        trained = type(accelerator.unwrap_model(model, keep_torch_compile=False)).from_pretrained(recipe.output_dir)
-        composed = NIMPurifiedImageClassification.from_parts(purifier.cpu(), trained, recipe.defense_sigma)
-        write_model_dir(composed, os.path.join(recipe.output_dir, "purified"))
-    accelerator.print(
-        f"the classifier is in {recipe.output_dir}" + (", with its purifier in purified/" * bool(recipe.purifier))
-    )
+    else:
+        save_model_dir(accelerator, model, recipe.output_dir, average)
+        if purified_model and accelerator.is_main_process:
+            trained = type(accelerator.unwrap_model(model, keep_torch_compile=False)).from_pretrained(recipe.output_dir)
+            composed = NIMPurifiedImageClassification.from_parts(purifier.cpu(), trained, recipe.defense_sigma)
+            write_model_dir(composed, os.path.join(recipe.output_dir, "purified"))
+        where = " and, with its purifier, in purified/ under it" if purified_model else ""
+        accelerator.print(f"the classifier is in {recipe.output_dir}{where}")
+    reporter.close()
 
 
 @torch.inference_mode()

@@ -120,12 +120,12 @@ def main() -> None:
         if stopping or step == plan.num_steps:
             break
 
-    reporter.close()
     if step < plan.num_steps:
         accelerator.print(f"stopped at step {step} of {plan.num_steps}; the same command goes on from there")
-        return
-    save_model_dir(accelerator, model, recipe.output_dir, average)
-    accelerator.print(f"the model is in {recipe.output_dir}")
+    else:
+        save_model_dir(accelerator, model, recipe.output_dir, average)
+        accelerator.print(f"the model is in {recipe.output_dir}")
+    reporter.close()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from training_runs import FINETUNE, PRETRAIN, last_step, losses, records, run, stop_at
+from training_runs import FINETUNE, PRETRAIN, last_step, losses, records, run, stop_at, torchrun
 
 from modeling_nim import NIMForImageClassification, NIMForPreTraining, NIMPurifiedImageClassification
 from modeling_nim.training.checkpoints import checkpoint_path, list_checkpoints
@@ -46,7 +46,7 @@ def test_killed_run_goes_on_exactly(script, num_processes, pretrained, tmp_path)
 def test_two_processes_and_accumulation_give_the_single_process_curve(tmp_path):
     twenty = PRETRAIN | {"optimization": PRETRAIN["optimization"] | {"steps": 20}}
     run("run_pretrain", twenty, tmp_path / "one")
-    run("run_pretrain", twenty, tmp_path / "two", num_processes=2)
+    torchrun("run_pretrain", twenty, tmp_path / "two", num_processes=2)
     run("run_pretrain", twenty, tmp_path / "accumulated", "optimization.gradient_accumulation_steps=4")
     expected = losses(tmp_path / "one")
     assert len(expected) == 20

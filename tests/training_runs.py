@@ -5,6 +5,8 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
+import subprocess
 import sys
 import time
 import warnings
@@ -97,6 +99,21 @@ def run(
     printed = output_dir.with_suffix(".txt").read_text()
     assert process.exitcode == exit_code, printed
     return printed
+
+
+def torchrun(script: str, recipe: dict, output_dir: Path, num_processes: int) -> str:
+    """Launch a script as a user does, on CPU processes; returns what it printed."""
+    path = output_dir.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(recipe | {"output_dir": str(output_dir)}))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_processes)]
+    command += ["--master_port", port, str(REPOSITORY / "scripts" / f"{script}.py"), str(path)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def stop_at(script: str, recipe: dict, output_dir: Path, step: int, signal_number: int, num_processes: int = 1) -> int:

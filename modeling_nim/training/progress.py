@@ -136,7 +136,7 @@ class Reporter:
         self.accelerator.log(numbers, step=record["step"])
 
     def close(self) -> None:
-        """End bar and trackers."""
+        """End bar, trackers and, with several processes, their group: nothing may be shared afterwards."""
         self.bar.close()
         if self.seen_bad_images and self.accelerator.is_main_process:
             print(f"{len(self.seen_bad_images)} bad images were skipped; {self.log_path} names each one")
