@@ -24,6 +24,13 @@ def pretrained(tmp_path_factory):
     return output_dir
 
 
+def test_finished_run_started_again_changes_nothing(pretrained):
+    before, curve = load_file(pretrained / "model.safetensors"), losses(pretrained)
+    run("run_pretrain", PRETRAIN, pretrained)
+    after = load_file(pretrained / "model.safetensors")
+    assert losses(pretrained) == curve and all((before[key] == after[key]).all() for key in before)
+
+
 def recipe_of(script, pretrained):
     return PRETRAIN if script == "run_pretrain" else FINETUNE | {"init": str(pretrained)}
 

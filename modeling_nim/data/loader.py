@@ -236,6 +236,8 @@ def training_loader(
 
     `batch_size` images make a step of all processes, `micro_batch_size` a batch of the loader.
     """
+    if start_step >= num_steps:  # a finished run, started again
+        return []
     settings = {
         "num_workers": recipe.num_workers,
         "pin_memory": torch.cuda.is_available(),
