@@ -7,12 +7,15 @@ import signal
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import TorchDynamoPlugin
 from PIL import Image
 from safetensors.torch import load_file
-from training_runs import FINETUNE, PRETRAIN, last_step, losses, records, run, stop_at, torchrun
+from training_runs import FINETUNE, FORK, PRETRAIN, TINY, last_step, losses, records, run, stop_at, torchrun
 
 from modeling_nim import NIMForImageClassification, NIMForPreTraining, NIMPurifiedImageClassification
 from modeling_nim.training.checkpoints import checkpoint_path, list_checkpoints
+from modeling_nim.training.models import ModelRecipe, make_pretraining_model, save_model_dir
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +140,24 @@ def test_finetuning_validates_keeps_the_best_and_composes_the_purified_model(pre
     assert all(torch.equal(weights[f"classifier.{key}"], value) for key, value in classifier.state_dict().items())
     best = load_file(tmp_path / "run" / "best" / "model.safetensors")
     assert best.keys() == classifier.state_dict().keys()
+
+
+def _save_compiled(output_dir):
+    accelerator = Accelerator(dynamo_plugin=TorchDynamoPlugin(backend="eager"))
+    model = make_pretraining_model(ModelRecipe(config=TINY))
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    compiled = accelerator.prepare(model)
+    assert any("_orig_mod" in name for name in compiled.state_dict())
+    save_model_dir(accelerator, compiled, str(output_dir))
+    saved = NIMForPreTraining.from_pretrained(output_dir).state_dict()
+    assert saved.keys() == weights.keys() and all(torch.equal(saved[name], weights[name]) for name in weights)
+
+
+def test_compiled_model_is_saved_under_its_own_names(tmp_path):
+    process = FORK.Process(target=_save_compiled, args=(tmp_path,))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
 
 
 @pytest.mark.parametrize(

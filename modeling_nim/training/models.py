@@ -156,7 +156,10 @@ def save_model_dir(
     Every process must call it (sharded weights are gathered). The directory's files are complete or absent; files of the
     same names are replaced, others in `output_dir` stay.
     """
-    state_dict = None if average else accelerator.get_state_dict(model)
+    state_dict = None
+    if not average:
+        # a compiled model says `_orig_mod.` before its names
+        state_dict = {key.replace("_orig_mod.", ""): value for key, value in accelerator.get_state_dict(model).items()}
     plain = average.module if average else accelerator.unwrap_model(model, keep_torch_compile=False)
     if accelerator.is_main_process:
         write_model_dir(plain, output_dir, state_dict)
