@@ -8,7 +8,7 @@
 | panel.png | 4: clean and attacked images through the defence | pictures.json, pictures.safetensors |
 | degradations.png | 8: noisy and reconstructed images | pictures.json, pictures.safetensors |
 | models.png | 5: clean and robust accuracy of several models | summary.json |
-| sigma_curve.png | 7: accuracy against the sigma of the defence | summary.json |
+| sigma_curve.png | 7: accuracy against the sigma of the defence | records.jsonl |
 | reconstruction.png | 3, 6: reconstruction loss against sigma | reconstruction.jsonl |
 | certified.png | certified accuracy against the radius | certificates.jsonl |
 
@@ -50,8 +50,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows += json.loads((directory / "summary.json").read_text())["rows"]
     if any(row["name"] != "none" for row in rows):
         drawn["models"] = figures.accuracy_of_models(rows)
-        if len({row["sigma"] for row in rows if isinstance(row["sigma"], (int, float))}) > 1:
-            drawn["sigma_curve"] = figures.accuracy_against_sigma(rows)
+        swept = {(row["model"], row["sigma"]) for row in rows if isinstance(row["sigma"], (int, float))}
+        if len(swept) > len({model for model, _ in swept}):
+            files = [directory / "records.jsonl" for directory in directories]
+            lines = [line for file in files if file.exists() for line in read_jsonl(file)]
+            drawn["sigma_curve"] = figures.accuracy_against_sigma(lines)
     for directory in directories:
         if (directory / "pictures.json").exists() and "panel" not in drawn:
             content, pixels = load_pictures(directory)

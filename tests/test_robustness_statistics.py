@@ -10,6 +10,7 @@ from scipy.stats import binom, binomtest
 from modeling_nim import NIMPurifiedImageClassification
 from modeling_nim.robustness.certification import certified_rows, check_certifiable, count_votes
 from modeling_nim.robustness.evaluation import attack_images, cost_table, measure_speed, score_batch, seconds_per_image
+from modeling_nim.robustness.figures import accuracy_against_sigma
 from modeling_nim.robustness.protocols import (
     AttackRecipe,
     AttackRunRecipe,
@@ -232,6 +233,25 @@ def test_rows_average_seeds_per_image():
     assert row["accuracy_majority"] == 50 and row["accuracy_worst_draw"] == 25
     assert (row["num_images"], row["num_draws"], row["seeds"], row["sigma"]) == (2, 3, [0, 1], 30.0)
     assert row["ci95"] == [round(bound, 4) for bound in accuracy_interval([5 / 6, 1 / 6])]
+
+
+def test_the_curve_over_sigma_compares_equal_images_alone():
+    def lines(sigma, threat, attack, epsilon, right):
+        return [
+            {"model": "m", "sigma": sigma, "attack": attack, "threat_model": threat, "epsilon_255": epsilon, "seed": 0}
+            | {"image_id": f"{index}", "label": 1, "predictions": [int(hit)]}
+            for index, hit in enumerate(right)
+        ]
+
+    records = lines("30", "clean", "none", 0.0, [1, 1, 1, 1]) + lines("75", "clean", "none", 0.0, [1, 0])
+    records += lines("30", "white_box", "pgd-10", 8.0, [0, 1, 1, 1]) + lines("75", "white_box", "pgd-10", 8.0, [0, 1])
+    axes = accuracy_against_sigma(records).axes[0]
+    curves = {line.get_label(): line.get_ydata().tolist() for line in axes.lines}
+    # images 2 and 3 were seen at sigma 30 alone, and do not count
+    assert curves == {"m: no attack": [100, 50], "m: white-box": [50, 50]}
+    assert "2 images" in axes.get_title()
+    with pytest.raises(ValueError, match="two sigmas or more"):
+        accuracy_against_sigma(records[:4])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

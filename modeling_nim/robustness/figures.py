@@ -12,6 +12,9 @@ from matplotlib.figure import Figure
 
 from modeling_nim.noise_nim import parse_sigma
 
+from .statistics import accuracy_interval
+from .summary import scores
+
 
 Entry = dict[str, Any]
 THREAT_NAMES = {
@@ -24,63 +27,69 @@ THREAT_NAMES = {
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
-def accuracy_against_sigma(rows: Sequence[Entry]) -> Figure:
+def accuracy_against_sigma(records: Sequence[Entry]) -> Figure:
     """Figure 7: clean and robust accuracy of one defence against its sigma, with 95% intervals.
 
-    Takes the model with the most sigmas and the attack and budget that were made at the most of them; undefended models
-    are horizontal lines.
+    Takes the lines of `records.jsonl`: of the model with the most sigmas, the attack and budget made at the most of them,
+    on the images that all of these met, so that the points of a curve can be compared. Undefended models are horizontal
+    lines.
     """
+    groups: dict[tuple, list[Entry]] = defaultdict(list)
+    for record in records:
+        groups[
+            record["model"], record["sigma"], record["attack"], record["epsilon_255"], record["threat_model"]
+        ].append(record)
     sigmas: dict[str, set[float]] = defaultdict(set)
-    for row in rows:
-        if isinstance(row["sigma"], (int, float)):
-            sigmas[row["model"]].add(row["sigma"])
+    for model, sigma, *_ in groups:
+        if _is_number(sigma):
+            sigmas[model].add(float(sigma))
     model = max(sigmas, key=lambda name: len(sigmas[name]), default=None)
     if model is None or len(sigmas[model]) < 2:
         raise ValueError("accuracy against sigma needs records of one model at two sigmas or more")
-    own = [row for row in rows if row["model"] == model]
-    attack, epsilon = _most_swept(own)
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    sweeps: dict[tuple, int] = defaultdict(int)
+    for name, sigma, attack, epsilon, _ in groups:
+        sweeps[attack, epsilon] += name == model and _is_number(sigma) and attack != "none"
+    if not max(sweeps.values()):
+        raise ValueError("accuracy against sigma needs records of an attack")
+    attack, epsilon = max(sweeps, key=sweeps.get)
+    shown = {key: members for key, members in groups.items() if key[2:4] in ((attack, epsilon), ("none", 0.0))}
+    own = [key for key in shown if key[0] == model and _is_number(key[1])]
+    common = set.intersection(*({record["image_id"] for record in shown[key]} for key in own))
+
+    def point(key: tuple) -> tuple[float, tuple[float, float]] | None:
+        values = scores([record for record in shown[key] if record["image_id"] in common], "predictions")["mean"]
+        return (100 * sum(values) / len(values), accuracy_interval(values)) if values else None
+
+    figure = Figure(figsize=(9.5, 4.6), layout="constrained")
     axes = figure.subplots()
-    curves = [("no attack", "clean", [row for row in own if row["threat_model"] == "clean"])]
-    for threat, name in THREAT_NAMES.items():
-        curves.append((name, threat, [row for row in own if _is(row, attack, epsilon, threat)]))
-    for (name, threat, points), colour in zip(curves, ("#000000", *COLOURS), strict=False):
-        points = sorted(points, key=lambda row: row["sigma"])
+    curves = [("no attack", "clean"), *((name, threat) for threat, name in THREAT_NAMES.items())]
+    undefended = list(dict.fromkeys(key[0] for key in shown if key[1] is None))
+    for (name, threat), colour in zip(curves, ("#000000", *COLOURS), strict=False):
+        keys = sorted((key for key in own if key[4] == threat), key=lambda key: float(key[1]))
+        points = [point(key) for key in keys]
         if not points:
             continue
-        x, y = [row["sigma"] for row in points], [row["accuracy"] for row in points]
-        low, high = zip(*(row["ci95"] for row in points), strict=True)
-        axes.plot(x, y, marker="o", markersize=4, color=colour, label=f"{model}: {name}")
+        x = [float(key[1]) for key in keys]
+        low, high = zip(*(interval for _, interval in points), strict=True)
+        axes.plot(x, [mean for mean, _ in points], marker="o", markersize=4, color=colour, label=f"{model}: {name}")
         axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-        undefended = [row for row in rows if row["sigma"] is None and row["model"] != model]
-        for row in undefended:
-            if threat == "clean" and row["threat_model"] == "clean" or _is(row, attack, epsilon, threat):
-                style = ":" if row is undefended[0] or row["model"] == undefended[0]["model"] else "-."
-                axes.axhline(
-                    row["accuracy"], color=colour, linestyle=style, linewidth=1, label=f"{row['model']}: {name}"
-                )
+        for other, style in zip(undefended, (":", "-.", "--"), strict=False):
+            key = next((key for key in shown if key[0] == other and key[4] == threat), None)
+            if key is not None and point(key) is not None:
+                axes.axhline(point(key)[0], color=colour, linestyle=style, linewidth=1, label=f"{other}: {name}")
     axes.set(xlabel="sigma of the defence (0..255)", ylabel="accuracy (%)", ylim=(0, 100.5))
-    axes.set_title(
-        f"{attack}, epsilon {epsilon:g}/255; {own[0]['num_images']} images, bands are 95% intervals", fontsize=10
-    )
+    axes.set_title(f"{attack}, epsilon {epsilon:g}/255; {len(common)} images, bands are 95% intervals", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
-    figure.set_size_inches(9.5, 4.6)
     return figure
+
+
+def _is_number(sigma: str | None) -> bool:
+    return sigma not in (None, "mask") and parse_sigma(sigma).kind == "fixed"
 
 
 def _is(row: Entry, attack: str, epsilon: float, threat: str) -> bool:
     return row["name"] == attack and row["epsilon_255"] == epsilon and row["threat_model"] == threat
-
-
-def _most_swept(rows: Sequence[Entry]) -> tuple[str, float]:
-    counts: dict[tuple[str, float], set] = defaultdict(set)
-    for row in rows:
-        if row["name"] != "none":
-            counts[row["name"], row["epsilon_255"]].add((row["sigma"], row["threat_model"]))
-    if not counts:
-        raise ValueError("accuracy against sigma needs records of an attack")
-    return max(counts, key=lambda key: len(counts[key]))
 
 
 def accuracy_of_models(rows: Sequence[Entry]) -> Figure:

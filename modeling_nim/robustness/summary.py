@@ -55,7 +55,7 @@ def majority_is_right(predictions: Sequence[int], label: int) -> bool:
     return right > max(votes.values(), default=0)
 
 
-def _scores(members: Sequence[Record], predictions_key: str) -> dict[str, list[float]]:
+def scores(members: Sequence[Record], predictions_key: str) -> dict[str, list[float]]:
     """Per image, averaged over seeds: mean over draws, majority vote, worst draw."""
     by_image: dict[str, list[Record]] = defaultdict(list)
     for record in members:
@@ -86,7 +86,7 @@ def _interval(values: Sequence[float]) -> list[float]:
 
 def _row(group: tuple, members: list[Record], attacks: dict, seconds: float) -> dict[str, Any]:
     model, sigma, label, threat, epsilon = group
-    attacked, control = _scores(members, "predictions"), _scores(members, "clean_predictions")
+    attacked, control = scores(members, "predictions"), scores(members, "clean_predictions")
     settings = dict(attacks.get(group, {}))
     perturbation = "l2_255" if settings.get("norm") == "l2" else "linf_255"
     return {
@@ -226,7 +226,7 @@ def _alarms(groups: dict, attacks: dict, models: dict, comparisons: list) -> lis
         if alpha is not None and settings.get("steps", 1) > 1 and epsilon > 0 and alpha >= epsilon:
             message = f"the step {alpha:g}/255 is not smaller than epsilon: iterates jump between corners"
             ring("step_not_smaller_than_epsilon", where, message + ", so the attack is weaker than its step count says")
-        accuracy = _percent(_scores(members, "predictions")["mean"])
+        accuracy = _percent(scores(members, "predictions")["mean"])
         if epsilon >= 128 and threat.startswith("white_box") and accuracy > 5:
             message = f"{accuracy:.1f}% survive a budget that can turn any image grey: the attack does not work here"
             ring("survives_large_epsilon", where, message)
