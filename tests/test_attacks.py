@@ -7,9 +7,16 @@ import pytest
 import reference
 import torch
 import torchattacks
+from conftest import TINY, TINY_DECODER
 from robustness_targets import LinearTarget, LuckyTarget, NoisyTarget, QuietTarget, RoundingTarget, images, names
 
-from modeling_nim import NIMPurifiedImageClassification
+from modeling_nim import (
+    NIMConfig,
+    NIMForPreTraining,
+    NIMPurifiedImageClassification,
+    NIMSimMIMConfig,
+    NIMSimMIMForPreTraining,
+)
 from modeling_nim.robustness import attacks
 from modeling_nim.robustness.attacks import (
     Oracle,
@@ -340,6 +347,29 @@ def test_a_purified_target_draws_what_the_model_draws(purifier, classifier):
     target = PurifiedTarget("p", model, sigma=30)
     torch.testing.assert_close(logits, target.logits(images_01, target.draw(seeds)), atol=1e-6, rtol=0)
     assert purified.min() >= -1e-6 and purified.max() <= 1 + 1e-6 and degraded.max() > 1
+
+
+@pytest.mark.parametrize("family", ["mae", "simmim", "nim-simmim"])
+def test_every_kind_of_purifier_can_be_attacked(family, classifier):
+    noise = family == "nim-simmim"
+    if family == "mae":
+        purifier = NIMForPreTraining(NIMConfig(**TINY, **TINY_DECODER, degradation="mask"))
+    else:
+        size = {key: value for key, value in TINY.items() if key != "patch_size"} | {
+            "patch_size": 4,
+            "mask_patch_size": 8,
+        }
+        purifier = NIMSimMIMForPreTraining(NIMSimMIMConfig(**size, degradation="noise" if noise else "mask"))
+    model = NIMPurifiedImageClassification.from_parts(purifier.eval(), classifier, sigma=30)
+    target = PurifiedTarget(family, model)
+    assert target.is_random and target.sigma == ("30" if noise else "mask")
+    x, labels = torch.rand(3, 3, 16, 16), torch.arange(3)
+    assert target.repeats_itself(x)
+    records, attacked = attack_and_score(target, AttackRecipe("pgd", steps=3, eot_samples=2), x, labels, 8, num_draws=4)
+    assert max(record["linf_255"] for record in records) == pytest.approx(8, abs=1e-3)
+    assert all(record["zero_gradients"] == 0 for record in records)
+    degraded, purified, _ = target.stages(x, [1, 2, 3])
+    assert degraded.shape == purified.shape == x.shape
 
 
 def test_patch_projections_become_matrix_products_of_the_same_value(purifier, classifier):
