@@ -110,7 +110,6 @@ def main() -> None:
         "data": source.fingerprint,
         "size": arguments.size,
         "rounds": arguments.rounds,
-        "clock": "process CPU time, median round",
         **machine(torch.device("cpu")),
     }
     write_json(result, arguments.output)

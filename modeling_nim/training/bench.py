@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -18,6 +19,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     packages = ("torch", "transformers", "accelerate", "numpy", "Pillow", "simplejpeg", "opencv-python-headless")
     return {
         "device": name,
+        "clock": "wall" if device.type == "cuda" else "CPU time of the process over its threads",
         "cpu_threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
     }
@@ -37,15 +39,22 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds_of(function, device: torch.device, repeats: int) -> list[float]:
-    """Wall-clock seconds of each of `repeats` calls, the device idle before and after."""
-    seconds = []
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Wall-clock seconds on a GPU; on a CPU this process's CPU time over its threads: other work does not count."""
+    if device.type == "cuda":
+        return time.perf_counter
+    return lambda: time.process_time() / torch.get_num_threads()
+
+
+def seconds_of(function: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
+    """Seconds (see `clock_of`) of each of `repeats` calls, the device idle before and after."""
+    seconds, clock = [], clock_of(device)
     for _ in range(repeats):
         synchronize(device)
-        before = time.perf_counter()
+        before = clock()
         function()
         synchronize(device)
-        seconds.append(time.perf_counter() - before)
+        seconds.append(clock() - before)
     return seconds
 
 

@@ -66,19 +66,21 @@ class Reporter:
         )
         self.bad_images: list[str] = []
         self.seen_bad_images: set[str] = set()
+        self.step_started: float | None = None
+        self.step_ended = 0.0
         self._start_window()
 
     def _start_window(self) -> None:
         self.losses: list[torch.Tensor] = []
         self.num_images = 0
-        self.waiting_s = 0.0
-        self.started = time.perf_counter()
+        self.waiting_s = self.training_s = 0.0
 
     def timed(self, batches: Iterable[dict[str, Any] | Exception]) -> Iterator[dict[str, Any]]:
         """The batches, with the time that `next` takes counted as waiting for data and bad images noted."""
         iterator = iter(batches)
         while True:
             before = time.perf_counter()
+            self.step_started = self.step_started or before
             try:
                 batch = next(iterator)
             except StopIteration:
@@ -93,6 +95,9 @@ class Reporter:
         """Count one optimiser step: the losses of its micro-batches in this process, its images in all processes."""
         self.losses.append(torch.stack([loss.detach().float() for loss in micro_losses]).mean())
         self.num_images += num_images
+        self.step_ended = time.perf_counter()
+        self.training_s += self.step_ended - self.step_started
+        self.step_started = None  # what comes before the next batch (validation, a checkpoint) is no training time
         self.bar.update()
 
     def report(self, step: int, learning_rate: float) -> None:
@@ -107,7 +112,8 @@ class Reporter:
                     f"the loss is {loss} at step {number}; the last checkpoint is kept, lower the learning rate or set "
                     f"optimization.max_grad_norm before going on from it"
                 )
-        elapsed_s = time.perf_counter() - self.started
+        # the losses have arrived: on a GPU the steps end here, not where they were queued
+        elapsed_s = self.training_s + time.perf_counter() - self.step_ended
         self.write(
             {
                 "step": step,
