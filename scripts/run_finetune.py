@@ -170,7 +170,7 @@ def main() -> None:
                 accelerator.clip_grad_norm_(model.parameters(), recipe.optimization.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-        micro_losses.append(loss)
+        micro_losses.append(loss.detach())
         if not accelerator.sync_gradients:
             continue
 

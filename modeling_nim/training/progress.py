@@ -93,7 +93,7 @@ class Reporter:
 
     def add_step(self, micro_losses: list[torch.Tensor], num_images: int) -> None:
         """Count one optimiser step: the losses of its micro-batches in this process, its images in all processes."""
-        self.losses.append(torch.stack([loss.detach().float() for loss in micro_losses]).mean())
+        self.losses.append(torch.stack([loss.float() for loss in micro_losses]).mean())
         self.num_images += num_images
         self.step_ended = time.perf_counter()
         self.training_s += self.step_ended - self.step_started
@@ -162,10 +162,14 @@ class StopSignal:
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.received = False
+        self.process_id = os.getpid()
         signal.signal(signal.SIGTERM, self._receive)
 
     def _receive(self, *_) -> None:
         self.received = True
+        if os.getpid() != self.process_id:  # a loader's worker, forked with this handler: it ends as it would have
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def requested(self, step: int, every: int) -> bool:
         """Whether any process was told to stop; several processes ask one another every `every` steps."""
