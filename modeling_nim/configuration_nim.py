@@ -328,8 +328,11 @@ class NIMPurifiedConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Adds where the pipeline with sigma, votes and the purified image is, for users without this package."""
+        config = super().to_dict()
+        for part in ("purifier_config", "classifier_config"):
+            config[part].pop("_name_or_path", None)  # a path on the machine that composed the model
         pipeline = {"impl": "pipeline_nim.NIMImageClassificationPipeline", "pt": ["AutoModelForImageClassification"]}
-        return super().to_dict() | {"custom_pipelines": {"image-classification": pipeline}}
+        return config | {"custom_pipelines": {"image-classification": pipeline}}
 
     @property
     def image_size(self) -> int:

@@ -210,8 +210,8 @@ def _summary_line(kind: str, config: PreTrainedConfig, facts: CardFacts) -> str:
     if kind == "purified":
         return (
             f"An image classifier ({len(config.id2label)} classes, {facts.data.name}) that defends itself: each image gets "
-            f"Gaussian noise (sigma {config.sigma} on 0..255), a pre-trained denoiser removes it, and the classifier sees "
-            "the result. Method: noisy image modeling (You, Liu, Xu 2023)."
+            f"Gaussian noise (sigma {_number(config.sigma)} on 0..255), a pre-trained denoiser removes it, and the classifier "
+            "sees the result. Method: noisy image modeling (You, Liu, Xu 2023)."
         )
     if kind == "classifier":
         return (
@@ -237,7 +237,7 @@ def _config_facts(kind: str, config: PreTrainedConfig) -> list[tuple[str, str]]:
         facts.append(("degradation it was trained on", _degradation(denoiser)))
         facts.append(("patch statistics", _patch_statistics(denoiser)))
     if kind == "purified":
-        facts.append(("sigma of the defence", f"{config.sigma} of 255"))
+        facts.append(("sigma of the defence", f"{_number(config.sigma)} of 255"))
         facts.append(("votes (noise draws per answer)", str(config.num_votes)))
     return facts
 
@@ -282,7 +282,7 @@ def _usage(kind: str, name: str, config: PreTrainedConfig) -> str:
     ]
     if kind == "classifier":
         return "\n".join([*lines, 'pipe("image.png")'])
-    sigma = config.sigma
+    sigma = _number(config.sigma) if isinstance(config.sigma, (int, float)) else repr(config.sigma)
     return "\n".join(
         [
             *lines,

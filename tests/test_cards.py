@@ -8,7 +8,9 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from PIL import Image
 from stub_hub import card_errors
+from transformers import AutoModelForImageClassification, pipeline
 
 import modeling_nim
 from modeling_nim import (
@@ -18,6 +20,7 @@ from modeling_nim import (
     NIMForPreTraining,
     NIMPurifiedImageClassification,
 )
+from modeling_nim.robustness.targets import model_hash
 
 
 ROOT = Path(__file__).parents[1]
@@ -255,3 +258,19 @@ def test_an_unknown_key_in_a_card_is_named(repository, capsys):
 def test_the_cards_in_this_repository_are_as_their_records_make_them(make_cards, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["make_cards.py", "--check"])
     assert make_cards.main() == 0, capsys.readouterr().out
+
+
+RELEASED = sorted(path.parent for path in (ROOT / "model_cards").glob("*/model.safetensors"))
+
+
+@pytest.mark.parametrize("folder", RELEASED, ids=lambda folder: folder.name)
+def test_released_weights_are_those_that_the_numbers_belong_to(folder):
+    card = yaml.safe_load((folder / "card.yaml").read_text())
+    measured = set()
+    for path in card["summaries"]:
+        for name, model in json.loads((ROOT / path).read_text())["provenance"]["models"].items():
+            if name == card["model"] or name.startswith(f"{card['model']} @ "):
+                measured.add(model["hash"])
+    assert measured == {model_hash(AutoModelForImageClassification.from_pretrained(folder))}
+    image = Image.effect_noise((40, 30), 60)
+    assert len(pipeline("image-classification", str(folder))(image)) == 5

@@ -249,6 +249,7 @@ def test_a_repository_holds_weights_configuration_processor_code_and_card(pushed
     if "purified" in name:
         assert config["custom_pipelines"]["image-classification"]["impl"].startswith("pipeline_nim.")
         assert "pipeline_nim.py" in files
+    assert str(pushed["folder"]) not in json.dumps(config)  # no path of the machine that made it
     for path, content in files.items():
         if path.endswith(".py"):
             assert b"\nimport modeling_nim" not in content and b"\nfrom modeling_nim" not in content, path
