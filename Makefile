@@ -37,8 +37,10 @@ bench: setup
 	$(BIN)/python scripts/bench_purify.py
 	$(BIN)/python scripts/bench_attack.py
 
+# Cards and the README's tables, from the result files.
 cards: setup
 	$(BIN)/python scripts/make_cards.py
+	$(BIN)/python scripts/make_readme.py
 
 space: setup
 	$(BIN)/python space/app.py
