@@ -9,6 +9,7 @@ from scipy.stats import binom, binomtest
 
 from modeling_nim import NIMPurifiedImageClassification
 from modeling_nim.robustness.certification import certified_rows, check_certifiable, count_votes
+from modeling_nim.robustness.draws import distinct_seeds, stream_seed
 from modeling_nim.robustness.evaluation import attack_images, cost_table, measure_speed, score_batch, seconds_per_image
 from modeling_nim.robustness.figures import accuracy_against_sigma
 from modeling_nim.robustness.protocols import (
@@ -73,10 +74,29 @@ def _normal_quantile(p):
 
 
 def test_votes_are_counted_over_named_draws_whatever_the_micro_batch():
-    counts = [count_votes(LuckyTarget(), images(1)[0], "a", 0, "p", 500, batch) for batch in (500, 64, 7)]
+    draws = range(100, 600)
+    counts = [count_votes(LuckyTarget(), images(1)[0], "a", 0, draws, batch) for batch in (500, 64, 7)]
     assert counts[0].tolist() == counts[1].tolist() == counts[2].tolist()
     assert counts[0].sum() == 500 and abs(int(counts[0][0]) - 450) < 4 * math.sqrt(500 * 0.09)
-    assert count_votes(LuckyTarget(), images(1)[0], "b", 0, "p", 500, 64).tolist() != counts[0].tolist()
+    parts = [count_votes(LuckyTarget(), images(1)[0], "a", 0, part, 64) for part in (range(100, 260), range(260, 600))]
+    assert (parts[0] + parts[1]).tolist() == counts[0].tolist()
+    assert count_votes(LuckyTarget(), images(1)[0], "b", 0, draws, 64).tolist() != counts[0].tolist()
+
+
+def test_the_draws_of_a_certificate_are_all_different_to_a_generator_of_32_bits():
+    generator = torch.Generator()
+    assert torch.rand((), generator=generator.manual_seed(5)) == torch.rand(
+        (), generator=generator.manual_seed(5 + 2**40)
+    )
+    seeds = distinct_seeds(0, "a", "certify", range(300_000))
+    assert len({seed % 2**32 for seed in seeds}) == 300_000 and all(0 <= seed < 2**63 for seed in seeds)
+    assert len({stream_seed(0, "a", "certify", draw) % 2**32 for draw in range(300_000)}) < 300_000  # what it is for
+    assert distinct_seeds(0, "a", "certify", range(70, 90)) == seeds[70:90]
+    assert distinct_seeds(0, "b", "certify", range(3)) != seeds[:3] != distinct_seeds(1, "a", "certify", range(3))
+    # neighbours are as good as independent: 200 x 1,000 products of standard normal numbers
+    normal = torch.stack([torch.randn(1000, generator=generator.manual_seed(seed)) for seed in seeds[:201]])
+    assert abs(float((normal[1:] * normal[:-1]).mean())) < 4 / 200_000**0.5
+    assert abs(float(normal.mean())) < 4 / 201_000**0.5 and abs(float(normal.var()) - 1) < 4 * (2 / 201_000) ** 0.5
 
 
 def test_a_certificate_needs_an_answer_that_sees_the_noisy_image_alone(purifier, classifier):

@@ -15,7 +15,7 @@ import torch
 from modeling_nim.data import DataRecipe
 from modeling_nim.noise_nim import normalize, parse_sigma
 
-from .draws import stream_seed
+from .draws import CERTIFY, distinct_seeds, stream_seed
 from .protocols import ModelRecipe
 from .statistics import accuracy_interval, certified_radius
 from .targets import PurifiedTarget, Target
@@ -89,16 +89,15 @@ def _sees_the_noisy_image_alone(target: PurifiedTarget, images_01: torch.Tensor,
 
 @torch.no_grad()
 def count_votes(
-    target: Target, image_01: torch.Tensor, image_id: str, seed: int, purpose: str, num_draws: int, micro_batch: int
+    target: Target, image_01: torch.Tensor, image_id: str, seed: int, draws: range, micro_batch: int
 ) -> torch.Tensor:
-    """How often each class wins over `num_draws` noise draws of one image `(3, H, W)`, at most `micro_batch` in memory.
+    """How often each class wins over the numbered noise draws of one image `(3, H, W)`, at most `micro_batch` in memory.
 
-    The draws are named one by one, so that the counts do not depend on the micro-batch.
+    The draws are seeded one by one, so that the counts do not depend on the micro-batch.
     """
     counts = None
-    for start in range(0, num_draws, micro_batch):
-        stop = min(start + micro_batch, num_draws)
-        seeds = [stream_seed(seed, image_id, purpose, draw) for draw in range(start, stop)]
+    for start in range(0, len(draws), micro_batch):
+        seeds = distinct_seeds(seed, image_id, CERTIFY, draws[start : start + micro_batch])
         rows = image_01.expand(len(seeds), *image_01.shape)
         logits = target.logits(rows, target.draw(seeds))
         piece = logits.argmax(dim=-1).bincount(minlength=logits.shape[-1])
@@ -110,10 +109,14 @@ def certify_image(
     target: Target, sigma_255: float, image_01: torch.Tensor, label: int, image_id: str, recipe: CertifyRecipe
 ) -> dict[str, Any]:
     """The record of one image; `prediction` is None and `radius` 0.0 where it abstains (Algorithm 2, CERTIFY)."""
-    arguments = (target, image_01, image_id, recipe.seed)
-    selection = count_votes(*arguments, "certify-select", recipe.num_selection_draws, recipe.micro_batch)
+    num_selection = recipe.num_selection_draws
+    # draws of their own for the class and for its bound: one that saw the other would bound too high
+    draws = range(num_selection), range(num_selection, num_selection + recipe.num_draws)
+    selection, estimation = (
+        count_votes(target, image_01, image_id, recipe.seed, part, recipe.micro_batch) for part in draws
+    )
     top = int(selection.argmax())
-    count = int(count_votes(*arguments, "certify-estimate", recipe.num_draws, recipe.micro_batch)[top])
+    count = int(estimation[top])
     radius = certified_radius(count, recipe.num_draws, sigma_255, recipe.alpha)
     return {
         "model": target.name,
