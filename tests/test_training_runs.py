@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import TorchDynamoPlugin
 from PIL import Image
 from safetensors.torch import load_file
-from training_runs import FINETUNE, FORK, PRETRAIN, TINY, last_step, losses, records, run, stop_at, torchrun
+from training_runs import FINETUNE, PRETRAIN, SERVER, TINY, last_step, losses, records, run, torchrun
 
 from modeling_nim import NIMForImageClassification, NIMForPreTraining, NIMPurifiedImageClassification
 from modeling_nim.training.checkpoints import checkpoint_path, list_checkpoints
@@ -38,19 +38,42 @@ def recipe_of(script, pretrained):
     return PRETRAIN if script == "run_pretrain" else FINETUNE | {"init": str(pretrained)}
 
 
+def kill(script, recipe, output_dir, moment, num_processes=1):
+    interruption = (*moment, signal.SIGKILL)
+    run(
+        script,
+        recipe,
+        output_dir,
+        num_processes=num_processes,
+        exit_code=-signal.SIGKILL,
+        interruption=interruption,
+    )
+
+
 @pytest.mark.parametrize("num_processes", [1, 2])
 @pytest.mark.parametrize("script", ["run_pretrain", "run_finetune"])
 def test_killed_run_goes_on_exactly(script, num_processes, pretrained, tmp_path):
     recipe = recipe_of(script, pretrained)
     run(script, recipe, tmp_path / "unbroken", num_processes=num_processes)
-    step = random.randint(1, 9)
-    stop_at(script, recipe, tmp_path / "killed", step, signal.SIGKILL, num_processes)
-    assert not (tmp_path / "killed" / "model.safetensors").exists(), f"was not killed at step {step}"
+    step = random.randint(1, 12)
+    print(f"killed at step {step}")
+    kill(script, recipe, tmp_path / "killed", ("step", step), num_processes)
+    assert last_step(tmp_path / "killed") == step - 1
     run(script, recipe, tmp_path / "killed", num_processes=num_processes)
 
     assert losses(tmp_path / "killed") == losses(tmp_path / "unbroken")
     unbroken, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("unbroken", "killed"))
     assert all((unbroken[key] == resumed[key]).all() for key in unbroken)
+
+
+def test_run_killed_while_saving_goes_on_exactly(pretrained, tmp_path):
+    output_dir = tmp_path / "run"
+    kill("run_pretrain", PRETRAIN, output_dir, ("save", 3))
+    assert [step for step, _ in list_checkpoints(output_dir / "checkpoints")] == [3, 6]
+    assert (output_dir / "checkpoints" / "step-00000009.incomplete").exists()
+    run("run_pretrain", PRETRAIN, output_dir)
+    assert losses(output_dir) == losses(pretrained)
+    assert not list(output_dir.rglob("*incomplete*"))
 
 
 def test_two_processes_and_accumulation_give_the_single_process_curve(tmp_path):
@@ -66,13 +89,12 @@ def test_two_processes_and_accumulation_give_the_single_process_curve(tmp_path):
 
 def test_sigterm_saves_and_exits_well_and_a_damaged_checkpoint_is_passed_over(pretrained, tmp_path):
     output_dir = tmp_path / "run"
-    assert stop_at("run_pretrain", PRETRAIN, output_dir, 5, signal.SIGTERM) == 0
-    (stopped_at,) = [step for step, _ in list_checkpoints(output_dir / "checkpoints")][-1:]
-    assert 5 <= stopped_at < 12 and last_step(output_dir) == stopped_at
+    printed = run("run_pretrain", PRETRAIN, output_dir, interruption=("step", 5, signal.SIGTERM))
+    assert [step for step, _ in list_checkpoints(output_dir / "checkpoints")] == [3, 5] and last_step(output_dir) == 5
     assert not (output_dir / "model.safetensors").exists()
-    assert f"stopped at step {stopped_at} of 12" in output_dir.with_suffix(".txt").read_text()
+    assert "stopped at step 5 of 12" in printed
 
-    newest = checkpoint_path(output_dir / "checkpoints", stopped_at)
+    newest = checkpoint_path(output_dir / "checkpoints", 5)
     with open(f"{newest}/optimizer.bin", "r+b") as file:
         file.seek(2000)
         file.write(b"\xff" * 64)
@@ -80,7 +102,15 @@ def test_sigterm_saves_and_exits_well_and_a_damaged_checkpoint_is_passed_over(pr
     assert f"{newest!r} is damaged (optimizer.bin is not as it was written)" in printed
     assert losses(output_dir) == losses(pretrained)
     assert [step for step, _ in list_checkpoints(output_dir / "checkpoints")] == [9, 12]  # the newest two
-    assert not [path for path in output_dir.rglob("*") if "incomplete" in path.name]
+    assert not list(output_dir.rglob("*incomplete*"))
+
+
+def test_sigterm_to_one_process_stops_all_at_the_next_report(tmp_path):
+    recipe = PRETRAIN | {"logging": {"every_steps": 4}, "checkpoints": {"every_steps": 100}}
+    interruption = ("step", 5, signal.SIGTERM)
+    printed = run("run_pretrain", recipe, tmp_path / "run", num_processes=2, interruption=interruption)
+    assert "stopped at step 8 of 12" in printed
+    assert [step for step, _ in list_checkpoints(tmp_path / "run" / "checkpoints")] == [8]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
@@ -154,7 +184,7 @@ def _save_compiled(output_dir):
 
 
 def test_compiled_model_is_saved_under_its_own_names(tmp_path):
-    process = FORK.Process(target=_save_compiled, args=(tmp_path,))
+    process = SERVER.Process(target=_save_compiled, args=(tmp_path,))
     process.start()
     process.join(120)
     assert process.exitcode == 0

@@ -1,6 +1,12 @@
-"""Run the training scripts in forked processes: as separate as launched ones, without their seconds of imports."""
+"""Run the training scripts in processes of their own, without the seconds of imports that a launched one costs.
+
+They are forked from a server that has only imported things. Forked from the test runner they would inherit what earlier
+tests left there: an `Accelerator` that one of them made keeps its state in the class, and with it two ranks would each take
+themselves for the only process and write the same files.
+"""
 
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
@@ -8,17 +14,34 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import yaml
-from accelerate import debug_launcher
+from accelerate import Accelerator, PartialState, debug_launcher
+
+from modeling_nim.cli import run_main
+from modeling_nim.training.progress import Reporter
 
 
 REPOSITORY = Path(__file__).parent.parent
-FORK = multiprocessing.get_context("fork")
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    [
+        "modeling_nim.data.augment",
+        "modeling_nim.data.evaluation",
+        "modeling_nim.training.checkpoints",
+        "modeling_nim.training.models",
+        "modeling_nim.training.progress",
+        "modeling_nim.training.settings",
+        "sklearn.datasets",
+        "sklearn.model_selection",
+        "torch._dynamo",
+    ]
+)
+TIMEOUT_S = 120
 
 TINY = {
     "image_size": 32,
@@ -50,12 +73,11 @@ FINETUNE = {key: value for key, value in PRETRAIN.items() if key != "model"} | {
 }
 
 
-def load_script(name: str):
+def load_script(name: str) -> ModuleType:
     """A script of `scripts/` as a module."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, REPOSITORY / "scripts" / f"{name}.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "scripts" / f"{name}.py")
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
 
 
@@ -65,38 +87,65 @@ def _run(script: str, arguments: list[str]) -> None:
     load_script(script).main()
 
 
-def _child(script: str, arguments: list[str], num_processes: int, log: str) -> None:
+# Where a run may be interrupted: after this method has done its work for the nth time, whatever the clock says.
+MOMENTS = {"step": (Reporter, "add_step"), "save": (Accelerator, "save_state")}
+
+
+def _interrupt(moment: str, number: int, signal_number: int, num_processes: int) -> None:
+    """Kill all processes of this run at the `number`-th step or save; another signal goes to the last of them alone."""
+    owner, name = MOMENTS[moment]
+    method, calls = getattr(owner, name), itertools.count(1)
+
+    def interrupted(self, *args, **kwargs):
+        result = method(self, *args, **kwargs)
+        if next(calls) == number:
+            if signal_number == signal.SIGKILL:
+                os.killpg(os.getpgrp(), signal.SIGKILL)
+            elif PartialState().process_index == num_processes - 1:
+                os.kill(os.getpid(), signal_number)
+        return result
+
+    setattr(owner, name, interrupted)
+
+
+def _child(script: str, arguments: list[str], num_processes: int, log: str, interruption: tuple | None) -> None:
     os.setsid()  # so that the run and the processes that it forks are killed as one
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)  # not the test runner's
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    torch.set_num_threads(1)
+    if interruption:
+        _interrupt(*interruption, num_processes)
     if num_processes == 1:
-        load_script("run_pretrain").run_main(lambda: _run(script, arguments))
+        run_main(lambda: _run(script, arguments))
     else:
         debug_launcher(_run, (script, arguments), num_processes)
 
 
-def start(script: str, recipe: dict, output_dir: Path, *overrides: str, num_processes: int = 1):
-    """Start a script on a recipe; its output goes to `output_dir`.txt."""
-    load_script(script), load_script("run_pretrain")  # imported before the fork, once
-    path = output_dir.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(recipe | {"output_dir": str(output_dir)}))
-    arguments = [str(path), *overrides]
-    process = FORK.Process(target=_child, args=(script, arguments, num_processes, str(output_dir.with_suffix(".txt"))))
-    process.start()
-    return process
-
-
 def run(
-    script: str, recipe: dict, output_dir: Path, *overrides: str, num_processes: int = 1, exit_code: int = 0
+    script: str,
+    recipe: dict,
+    output_dir: Path,
+    *overrides: str,
+    num_processes: int = 1,
+    exit_code: int = 0,
+    interruption: tuple[str, int, int] | None = None,
 ) -> str:
-    """Run a script to its end; returns what it printed."""
-    process = start(script, recipe, output_dir, *overrides, num_processes=num_processes)
-    process.join(120)
-    printed = output_dir.with_suffix(".txt").read_text()
+    """Run a script on a recipe to its end; returns what it printed.
+
+    `interruption` is a moment ("step" or "save"), which one, counted from 1, and the signal that the run gets then.
+    """
+    path, log = output_dir.with_suffix(".yaml"), output_dir.with_suffix(".txt")
+    path.write_text(yaml.safe_dump(recipe | {"output_dir": str(output_dir)}))
+    arguments = (script, [str(path), *overrides], num_processes, str(log), interruption)
+    process = SERVER.Process(target=_child, args=arguments)
+    process.start()
+    process.join(TIMEOUT_S)
+    if process.is_alive():
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+    printed = log.read_text()
     assert process.exitcode == exit_code, printed
     return printed
 
@@ -111,24 +160,9 @@ def torchrun(script: str, recipe: dict, output_dir: Path, num_processes: int) ->
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_processes)]
     command += ["--master_port", port, str(REPOSITORY / "scripts" / f"{script}.py"), str(path)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
-
-
-def stop_at(script: str, recipe: dict, output_dir: Path, step: int, signal_number: int, num_processes: int = 1) -> int:
-    """Start a script, send it a signal once its log has reached `step`; returns the exit code."""
-    process = start(script, recipe, output_dir, num_processes=num_processes)
-    deadline = time.monotonic() + 120
-    while last_step(output_dir) < step:
-        assert process.is_alive() and time.monotonic() < deadline, output_dir.with_suffix(".txt").read_text()
-        time.sleep(0.002)
-    if signal_number == signal.SIGKILL:
-        os.killpg(process.pid, signal.SIGKILL)
-    else:
-        os.kill(process.pid, signal_number)
-    process.join(120)
-    return process.exitcode
 
 
 def records(output_dir: Path) -> list[dict]:
