@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, BeitConfig, PreTrainedConfig, ViTMAEConfig
+from transformers.activations import ACT2FN
 
 from .noise_nim import parse_sigma
 
@@ -50,11 +51,27 @@ _PRETRAINING_ONLY = (
 )
 
 
-def _check_square_patches(image_size: Any, patch_size: Any) -> None:
-    if not isinstance(image_size, int) or not isinstance(patch_size, int) or image_size % patch_size:
+def _check_sizes(config: PreTrainedConfig) -> None:
+    """What a configuration says of its images and of its widths, so that no model is built that nothing fits."""
+    image_size, patch_size = config.image_size, config.patch_size
+    sides = isinstance(image_size, int) and isinstance(patch_size, int) and min(image_size, patch_size) > 0
+    if not sides or image_size % patch_size:
         raise ValueError(
             f"image_size {image_size} and patch_size {patch_size}: both must be one number, and the image a multiple "
             "of the patch"
+        )
+    for prefix in ("", "decoder_"):
+        width, heads = (getattr(config, prefix + name, 1) for name in ("hidden_size", "num_attention_heads"))
+        if min(width, heads) < 1 or width % heads:
+            raise ValueError(
+                f"{prefix}hidden_size {width} must be a multiple of {prefix}num_attention_heads {heads}, both above 0"
+            )
+    if config.hidden_act not in ACT2FN:
+        raise ValueError(f"hidden_act {config.hidden_act!r} is unknown; use one of {', '.join(ACT2FN)}")
+    if len(config.image_mean) != len(config.image_std) or min(config.image_std) <= 0:
+        raise ValueError(
+            f"image_mean {list(config.image_mean)} and image_std {list(config.image_std)}: give one number for each "
+            "channel, standard deviations above 0"
         )
 
 
@@ -98,12 +115,14 @@ class NIMConfig(ViTMAEConfig):
 
     def __post_init__(self, **kwargs):
         parse_sigma(self.sigma)
-        _check_square_patches(self.image_size, self.patch_size)
+        _check_sizes(self)
         if self.degradation == "mask" and self.norm_pix_loss and self.patch_statistics == "noisy":
             raise ValueError(
                 'patch_statistics="noisy" has no meaning with degradation="mask" and norm_pix_loss=True: a hidden patch '
                 'has no statistics of its own. Use patch_statistics="input" or norm_pix_loss=False'
             )
+        if self.degradation == "mask" and not 0 < self.mask_ratio < 1:
+            raise ValueError(f"mask_ratio must be between 0 and 1, got {self.mask_ratio}")
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -150,7 +169,7 @@ class NIMClassifierConfig(PreTrainedConfig):
     image_std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self, **kwargs):
-        _check_square_patches(self.image_size, self.patch_size)
+        _check_sizes(self)
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}")
         super().__post_init__(**kwargs)
@@ -190,7 +209,7 @@ _SIMMIM_CLASSIFIER = {
 
 
 def _fix_simmim_fields(config: BeitConfig, fields: dict[str, bool], kwargs: dict[str, Any]) -> None:
-    _check_square_patches(config.image_size, config.patch_size)
+    _check_sizes(config)
     for name, value in fields.items():
         setattr(config, name, value)
     for name in [name for name in kwargs if name.startswith("decoder_")]:
