@@ -31,6 +31,7 @@ from modeling_nim.data.randomness import generators, image_seeds
 from modeling_nim.training.checkpoints import load_newest_checkpoint, save_checkpoint
 from modeling_nim.training.models import (
     draw_degradation,
+    enable_activation_checkpointing,
     load_classifier,
     load_purifier,
     save_model_dir,
@@ -87,8 +88,9 @@ class FinetuneRecipe:
 
     def __post_init__(self):
         parse_sigma(self.sigma), parse_sigma(self.defense_sigma)
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        for name in ("label_smoothing", "drop_path_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.images == "denoised" and self.purifier is None:
             self.purifier = self.init
 
@@ -113,12 +115,12 @@ def main() -> None:
             purifier.compile()
         purified_model = NIMPurifiedImageClassification.from_parts(purifier, model, recipe.defense_sigma)
     if recipe.execution.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        enable_activation_checkpointing(model)
     denoise = recipe.images == "denoised"
     input_config = purifier.config if denoise else classifier_config
     statistics = (input_config.image_mean, input_config.image_std)
     images = TrainingImages(source, recipe.crop, input_config.image_size, recipe.seed, recipe.data.on_bad_image)
-    plan = make_plan(recipe.optimization, accelerator.num_processes, len(source))
+    plan = make_plan(recipe.optimization, accelerator.num_processes, len(source), accelerator.is_main_process)
     average = make_average(model, recipe.optimization.ema_decay) if recipe.optimization.ema_decay else None
     model, optimizer = accelerator.prepare(model, make_optimizer(model, recipe.optimization))
     set_seed(recipe.seed, device_specific=True)  # from here on: drop path, different in every process

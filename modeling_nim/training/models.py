@@ -23,6 +23,7 @@ from .. import (
     NIMSimMIMForPreTraining,
     sample_sigma,
 )
+from ..cli import naming_damaged_weights
 from ..noise_nim import sample_epsilon
 
 
@@ -73,7 +74,17 @@ def make_config(recipe: ModelRecipe) -> PreTrainedConfig:
 
 def make_pretraining_model(recipe: ModelRecipe) -> PreTrainedModel:
     """A freshly initialised model for pre-training, from the global random state."""
-    return ARCHITECTURES[recipe.architecture][1](make_config(recipe))
+    config = make_config(recipe)
+    require_rgb(config)
+    return ARCHITECTURES[recipe.architecture][1](config)
+
+
+def enable_activation_checkpointing(model: PreTrainedModel) -> None:
+    """Keep the layers' inputs alone and compute the rest again on the way back: less memory, the same numbers."""
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers 5.23; before, it had the name below
+        model.activation_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_enable()
 
 
 def draw_degradation(
@@ -104,22 +115,23 @@ def load_classifier(path: str, class_names: list[str] | None, drop_path_rate: fl
 
     Raises FileNotFoundError when there is no model, ValueError when it is not one of ours or its weights do not fit.
     """
-    require_model_dir(path)
     if not class_names:
         raise ValueError("the labels of this stream have no names; fine-tune without data.streaming, which counts them")
-    model_type = AutoConfig.from_pretrained(path).model_type
+    model_type = load_config(path).model_type
     if model_type not in CLASSIFIERS:
         raise ValueError(
             f"{path!r} is a {model_type!r} model; fine-tuning starts from one of {', '.join(CLASSIFIERS)} "
             f"(scripts/convert_checkpoint.py makes them from published MAE and SimMIM weights)"
         )
-    model, info = CLASSIFIERS[model_type].from_pretrained(
-        path,
-        id2label=dict(enumerate(class_names)),
-        label2id={name: label for label, name in enumerate(class_names)},
-        drop_path_rate=drop_path_rate,
-        output_loading_info=True,
-    )
+    with naming_damaged_weights(path):
+        model, info = CLASSIFIERS[model_type].from_pretrained(
+            path,
+            id2label=dict(enumerate(class_names)),
+            label2id={name: label for label, name in enumerate(class_names)},
+            drop_path_rate=drop_path_rate,
+            output_loading_info=True,
+        )
+    require_rgb(model.config)
     missing = [key for key in info["missing_keys"] if not key.startswith(("fc_norm.", "classifier."))]
     if missing or info["unexpected_keys"]:
         raise ValueError(
@@ -130,22 +142,33 @@ def load_classifier(path: str, class_names: list[str] | None, drop_path_rate: fl
 
 def load_purifier(path: str) -> PreTrainedModel:
     """The frozen purifier at `path`: in evaluation mode and without gradients for its weights."""
-    require_model_dir(path)
-    model_type = AutoConfig.from_pretrained(path).model_type
+    model_type = load_config(path).model_type
     if model_type not in PURIFIERS:
         raise ValueError(
             f"{path!r} is a {model_type!r} model, which cannot purify; name a pre-trained NIM or MIM model"
         )
-    return PURIFIERS[model_type].from_pretrained(path).requires_grad_(False).eval()
+    with naming_damaged_weights(path):
+        return PURIFIERS[model_type].from_pretrained(path).requires_grad_(False).eval()
 
 
-def require_model_dir(path: str) -> None:
-    """FileNotFoundError for a directory without a model; a Hub id such as "org/name" is left to transformers."""
+def load_config(path: str) -> PreTrainedConfig:
+    """The configuration of a model directory or of a Hub id such as "org/name"; FileNotFoundError where there is none."""
     if os.path.isdir(path):
         if not os.path.exists(os.path.join(path, "config.json")):
             raise FileNotFoundError(f"{path!r} holds no model (no config.json); is its training finished?")
-    elif path.count("/") != 1 or path.startswith((".", "/", "outputs/")):
+        return AutoConfig.from_pretrained(path)
+    if path.count("/") != 1 or path.startswith((".", "/", "~")) or os.path.isdir(path.split("/")[0]):
         raise FileNotFoundError(f"there is no model directory {path!r}; scripts/run_pretrain.py makes one")
+    try:
+        return AutoConfig.from_pretrained(path)
+    except OSError as error:
+        raise FileNotFoundError(f"there is no model directory {path!r}, and the Hub gave none: {error}") from None
+
+
+def require_rgb(config: PreTrainedConfig) -> None:
+    """ValueError for a model of images that no data source gives."""
+    if config.num_channels != 3:
+        raise ValueError(f"the model takes {config.num_channels} channels and all images are RGB: use num_channels 3")
 
 
 def save_model_dir(

@@ -53,7 +53,7 @@ class OptimizationRecipe:
         if self.warmup_epochs is not None and self.warmup_steps is not None:
             raise ValueError("give at most one of optimization.warmup_epochs and optimization.warmup_steps")
         positive = ("batch_size", "base_batch_size", "epochs", "steps", "per_device_batch_size", "max_grad_norm")
-        for name in (*positive, "gradient_accumulation_steps", "layer_decay"):
+        for name in (*positive, "base_learning_rate", "gradient_accumulation_steps", "layer_decay"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"optimization.{name} must be above 0, got {value}")
@@ -75,11 +75,11 @@ class Plan:
     peak_learning_rate: float
 
 
-def make_plan(recipe: OptimizationRecipe, num_processes: int, num_images: int) -> Plan:
+def make_plan(recipe: OptimizationRecipe, num_processes: int, num_images: int, warn: bool = True) -> Plan:
     """Share the batch, scale the learning rate and count the steps.
 
-    Warns when the global batch is not the recipe's, with the learning rate that follows. Raises ValueError when the batch
-    cannot be shared evenly or is larger than the data.
+    Warns when the global batch is not the recipe's, with the learning rate that follows; `warn` is for one of several
+    processes. Raises ValueError when the batch cannot be shared evenly or is larger than the data.
     """
     shares = num_processes * recipe.gradient_accumulation_steps
     if recipe.per_device_batch_size is None and recipe.batch_size % shares:
@@ -95,7 +95,7 @@ def make_plan(recipe: OptimizationRecipe, num_processes: int, num_images: int) -
             f"optimization.batch_size"
         )
     peak = recipe.base_learning_rate * global_batch_size / recipe.base_batch_size
-    if global_batch_size != recipe.batch_size:
+    if warn and global_batch_size != recipe.batch_size:
         warnings.warn(
             f"the global batch is {global_batch_size} ({per_device} images x {num_processes} processes x "
             f"{recipe.gradient_accumulation_steps} accumulation steps), the recipe's is {recipe.batch_size}: the peak "

@@ -35,7 +35,7 @@ def load_recipe(path: str | os.PathLike, schema: type[T], overrides: Sequence[st
     with open(path, encoding="utf-8") as file:
         try:
             values = yaml.safe_load(file)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from None
     values = {} if values is None else values
     if not isinstance(values, dict):
