@@ -24,7 +24,7 @@ from modeling_nim.cli import run_main
 from modeling_nim.data import evaluation_batch, load_source
 from modeling_nim.robustness.draws import evaluation_order
 from modeling_nim.robustness.evaluation import attack_images, cost_table, measure_speed, score_batch
-from modeling_nim.robustness.pictures import reconstruction_records, store_pictures
+from modeling_nim.robustness.pictures import pictured_jobs, reconstruction_records, store_pictures
 from modeling_nim.robustness.protocols import AttackRunRecipe, plan_jobs, resolve
 from modeling_nim.robustness.records import RecordFile, plan_units, read_jsonl, run_settings, write_json, write_jsonl
 from modeling_nim.robustness.summary import model_key, summarise, table
@@ -43,10 +43,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     source = load_source(recipe.data, recipe.split)
     targets, processors = load_targets(recipe.models, device, default_sigmas=resolve(recipe).sigmas)
-    check_classes(targets, source.class_names)
+    check_classes(targets, source)
     undefended = [target.name for target in targets if target.sigma is None]
     plan = resolve(recipe, undefended)
     jobs = plan_jobs(plan, targets, len(source))
+    if recipe.pictures is not None:
+        pictured_jobs(recipe.pictures, targets, jobs)  # before hours of attacks, not after
     order = evaluation_order([source.image_id(index) for index in range(len(source))])
 
     def load_batch(target: int, positions: range) -> tuple[torch.Tensor, torch.Tensor, list[str]]:

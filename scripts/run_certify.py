@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     source = load_source(recipe.data, recipe.split)
     targets, processors = load_targets(recipe.models, accelerator.device)
-    check_classes(targets, source.class_names)
+    check_classes(targets, source)
     order = evaluation_order([source.image_id(index) for index in range(len(source))])[: recipe.num_images]
     sigmas, models, expected = [], {}, 0.0
     for target, processor in zip(targets, processors, strict=True):

@@ -68,9 +68,11 @@ class ImageSource:
 
     `source[i]` is `(PIL.Image in RGB, int label)` and raises `BadImageError` for an image that cannot be read;
     `image_id(i)` names the image; `class_names` are the labels' names in order; `fingerprint` says which data this is.
+    `classes_are_counted` where the labels have no names: there are classes up to the highest label, and may be more.
     """
 
     class_names: list[str]
+    classes_are_counted: bool = False
     fingerprint: str
 
     def __len__(self) -> int:
@@ -229,6 +231,7 @@ class TableSource(ImageSource):
                 raise ValueError(f"{recipe.path!r} has no column {column!r}; its columns: {rows.column_names}")
         label_feature = rows.features[recipe.label_column]
         labels = np.asarray(rows.with_format("arrow")[recipe.label_column])
+        self.classes_are_counted = getattr(label_feature, "names", None) is None
         self.class_names = list(getattr(label_feature, "names", None) or map(str, range(int(labels.max()) + 1)))
         self.labels = labels.astype(np.int64)
         # the raw {bytes, path} column: our own decoder turns it into pixels
@@ -278,6 +281,8 @@ def _files_digest(files: list[str]) -> str:
 
 class TarSource(ImageSource):
     """WebDataset shards at random access: the headers are read once, the images with one positioned read each."""
+
+    classes_are_counted = True
 
     def __init__(self, path: str, split: str):
         import tarfile
@@ -383,7 +388,7 @@ class SubsetSource(ImageSource):
 
     def __init__(self, source: ImageSource, indices: np.ndarray, description: str):
         self.source, self.indices = source, indices
-        self.class_names = source.class_names
+        self.class_names, self.classes_are_counted = source.class_names, source.classes_are_counted
         self.fingerprint = f"{source.fingerprint}[{description}: {len(indices)}]"
 
     def __len__(self):
@@ -422,7 +427,8 @@ class CachedSource(ImageSource):
             raise ValueError(f"none of {len(source)} images can be read; the first: {self.bad_images[0]}")
         self.pixels, self.labels = np.stack(pixels), np.asarray(labels)
         self.source, self.kept = source, kept
-        self.class_names, self.fingerprint = source.class_names, source.fingerprint
+        self.class_names, self.classes_are_counted = source.class_names, source.classes_are_counted
+        self.fingerprint = source.fingerprint
 
     def __len__(self):
         return len(self.kept)

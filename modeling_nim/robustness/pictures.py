@@ -22,6 +22,25 @@ from .records import write_json
 from .targets import PurifiedTarget, Target
 
 
+def pictured_jobs(recipe: PicturesRecipe, targets: Sequence[Target], jobs: Sequence[Job]) -> dict[int, Job]:
+    """For each target that is to be shown, the attack that it is shown under; ValueError when there is none at all."""
+    chosen: dict[int, Job] = {}
+    for job in jobs:
+        target = targets[job.target]
+        if recipe.models is not None and target.name not in recipe.models:
+            continue
+        if recipe.sigmas is not None and target.sigma is not None and not is_among(target.sigma, recipe.sigmas):
+            continue
+        if (job.label, job.epsilon_255, job.threat_model) == (recipe.attack, recipe.epsilon_255, "white_box"):
+            chosen.setdefault(job.target, job)
+    if not chosen:
+        raise ValueError(
+            f"pictures: no model meets the white-box attack {recipe.attack!r} at epsilon {recipe.epsilon_255:g}/255; "
+            f"the run has {sorted({job.label for job in jobs})}"
+        )
+    return chosen
+
+
 def store_pictures(
     directory: str | os.PathLike,
     recipe: PicturesRecipe,
@@ -39,22 +58,8 @@ def store_pictures(
     """
     entries: list[dict[str, Any]] = []
     pixels: dict[str, torch.Tensor] = {}
-    for index, target in enumerate(targets):
-        if recipe.models is not None and target.name not in recipe.models:
-            continue
-        if recipe.sigmas is not None and target.sigma is not None and not is_among(target.sigma, recipe.sigmas):
-            continue
-        chosen = [
-            job
-            for job in jobs
-            if job.target == index
-            and job.label == recipe.attack
-            and job.epsilon_255 == recipe.epsilon_255
-            and job.threat_model == "white_box"
-        ]
-        if not chosen:
-            continue
-        job = chosen[0]
+    for index, job in pictured_jobs(recipe, targets, jobs).items():
+        target = targets[index]
         images_01, labels, image_ids = load_batch(index, range(min(recipe.num_images, job.num_images)))
         attacked = attack_images(job, targets, images_01, labels, image_ids, num_draws, micro_batch)
         for kind, batch in (("clean", images_01), ("attacked", attacked.adversarial_01)):
@@ -84,11 +89,6 @@ def store_pictures(
                     pixels[key] = images[row].detach().float().cpu().contiguous()
                     entry["stages"][stage] = key
                 entries.append(entry)
-    if not entries:
-        raise ValueError(
-            f"pictures: no model meets the white-box attack {recipe.attack!r} at epsilon {recipe.epsilon_255:g}/255; "
-            f"the run has {sorted({job.label for job in jobs})}"
-        )
     directory = Path(directory)
     save_file(pixels, directory / "pictures.safetensors.part")
     os.replace(directory / "pictures.safetensors.part", directory / "pictures.safetensors")

@@ -267,6 +267,14 @@ class AttackRunRecipe:
     pictures: PicturesRecipe | None = None
     reconstruction: ReconstructionRecipe | None = None
 
+    def __post_init__(self):
+        for key in ("num_images", "num_draws", "batch_size", "micro_batch"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"{key} must be at least 1, got {value}")
+        if self.seeds == []:
+            raise ValueError("seeds is an empty list; name at least one, such as [0]")
+
 
 @dataclass
 class Protocol:
@@ -401,6 +409,12 @@ def plan_jobs(plan: Protocol, targets: list[Target], num_images: int) -> list[Jo
         for attack in plan.attacks:
             for missing in {*(attack.models or []), *([attack.source] if attack.source else [])} - names:
                 raise ValueError(f"attack {attack.label!r} names model {missing!r}; the recipe has {sorted(names)}")
+            defences = {str(target.sigma) for target in targets if target.sigma is not None}
+            for sigma in attack.sigmas or []:
+                if defences and not any(is_among(own, [sigma]) for own in defences):
+                    raise ValueError(
+                        f"attack {attack.label!r} names sigma {sigma!r}; the models have {sorted(defences)}"
+                    )
             if attack.models is not None and target.name not in attack.models:
                 continue
             if attack.sigmas is not None and target.sigma is not None and not is_among(target.sigma, attack.sigmas):

@@ -8,7 +8,6 @@ code. `load_targets` builds the targets that users run: the model and the normal
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,16 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     AutoModelForPreTraining,
     ViTMAEConfig,
 )
 
+from modeling_nim.cli import naming_damaged_weights
+from modeling_nim.data import ImageSource
 from modeling_nim.modeling_nim import NIMForPreTraining
 from modeling_nim.modeling_nim_purified import NIMPurifiedImageClassification
 from modeling_nim.noise_nim import denormalize, normalize, parse_sigma
+from modeling_nim.training.models import load_config
 
 
 Noise = dict[str, Any]
@@ -275,13 +276,14 @@ def _make_target(recipe: Any, model: nn.Module, processor: Any, sigma: str | flo
     return ClassifierTarget(recipe.name, model, [0.0] * 3, [1.0] * 3)
 
 
-def check_classes(targets: Sequence[Target], class_names: Sequence[str]) -> None:
-    """ValueError when a model knows fewer classes than the data have: its accuracy would mean nothing."""
+def check_classes(targets: Sequence[Target], source: ImageSource) -> None:
+    """ValueError when a model has another number of classes than the data: its accuracy would mean nothing."""
+    num_classes = len(source.class_names)
     for target in targets:
         known = target.model.config.num_labels
-        if known < len(class_names):
+        if known < num_classes or (known > num_classes and not source.classes_are_counted):
             raise ValueError(
-                f"{target.name} tells {known} classes apart, the data have {len(class_names)}: name the data it was trained for"
+                f"{target.name} tells {known} classes apart, the data have {num_classes}: name the data it was trained for"
             )
 
 
@@ -292,15 +294,17 @@ def load_purifier(path: str, device: torch.device | str) -> tuple[nn.Module, Any
 
 
 def _load(auto_class: type, path: str) -> nn.Module:
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    if not os.path.isdir(path) and (looks_local or os.path.exists(path.split("/")[0])):
-        raise FileNotFoundError(f"there is no model directory {path!r}; train one, or name a Hub id such as org/name")
-    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
-        raise FileNotFoundError(f"{path!r} holds no config.json; name a directory written by save_pretrained")
-    config = AutoConfig.from_pretrained(path)  # the shortest error where the configuration itself is bad
-    if auto_class is AutoModelForPreTraining and config.model_type == ViTMAEConfig.model_type:
+    config = load_config(path)
+    classifies = auto_class is AutoModelForImageClassification
+    if not classifies and config.model_type == ViTMAEConfig.model_type:
         auto_class = NIMForPreTraining  # transformers' own MAE cannot purify; its checkpoints load into ours
-    model, info = auto_class.from_pretrained(path, output_loading_info=True)
+    elif type(config) not in auto_class._model_mapping:
+        raise ValueError(
+            f"{path!r} is a {config.model_type!r} model, no {'classifier' if classifies else 'purifier'}; name "
+            + ("a fine-tuned or purified one" if classifies else "a pre-trained NIM or MIM model")
+        )
+    with naming_damaged_weights(path):
+        model, info = auto_class.from_pretrained(path, output_loading_info=True)
     if info["missing_keys"] or info["mismatched_keys"]:
         missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         raise ValueError(
