@@ -196,7 +196,10 @@ def _architecture(config: PreTrainedConfig) -> str:
 def _read_summary(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there are no results {path}: make them with scripts/run_attack.py or run_certify.py")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no summary.json of run_attack.py or run_certify.py: {error}") from None
 
 
 def _is_own(row: dict[str, Any], facts: CardFacts) -> bool:

@@ -21,7 +21,7 @@ from make_cards import card_of_directory
 from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 
 import modeling_nim
-from modeling_nim.cli import run_main
+from modeling_nim.cli import naming_damaged_weights, run_main
 
 
 def load_for_publication(directory: Path) -> PreTrainedModel:
@@ -34,7 +34,8 @@ def load_for_publication(directory: Path) -> PreTrainedModel:
         raise ValueError(
             f"{directory} holds a {names[0]}, no model of this package: publish it with its own push_to_hub"
         )
-    model, report = model_class.from_pretrained(directory, output_loading_info=True)
+    with naming_damaged_weights(directory):
+        model, report = model_class.from_pretrained(directory, output_loading_info=True)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]:
             raise ValueError(
