@@ -23,7 +23,13 @@ from modeling_nim.data import DataRecipe, load_source
 from modeling_nim.data.loader import CropRecipe, TrainingImages, to_images_01, training_loader
 from modeling_nim.data.randomness import generators, image_seeds
 from modeling_nim.training.checkpoints import load_newest_checkpoint, save_checkpoint
-from modeling_nim.training.models import ModelRecipe, draw_degradation, make_pretraining_model, save_model_dir
+from modeling_nim.training.models import (
+    ModelRecipe,
+    draw_degradation,
+    enable_activation_checkpointing,
+    make_pretraining_model,
+    save_model_dir,
+)
 from modeling_nim.training.optimization import (
     OptimizationRecipe,
     learning_rate_at,
@@ -69,10 +75,10 @@ def main() -> None:
     model = make_pretraining_model(recipe.model)
     config = model.config
     if recipe.execution.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        enable_activation_checkpointing(model)
     source = load_source(recipe.data, "train")
     images = TrainingImages(source, recipe.crop, config.image_size, recipe.seed, recipe.data.on_bad_image)
-    plan = make_plan(recipe.optimization, accelerator.num_processes, len(source))
+    plan = make_plan(recipe.optimization, accelerator.num_processes, len(source), accelerator.is_main_process)
     average = make_average(model, recipe.optimization.ema_decay) if recipe.optimization.ema_decay else None
     model, optimizer = accelerator.prepare(model, make_optimizer(model, recipe.optimization))
     set_seed(recipe.seed, device_specific=True)  # from here on: drop path, different in every process

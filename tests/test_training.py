@@ -9,7 +9,13 @@ from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoConfig
 
 from modeling_nim import NIMClassifierConfig, NIMConfig, NIMForImageClassification, NIMForPreTraining, NIMSimMIMConfig
-from modeling_nim.training.models import ModelRecipe, draw_degradation, make_config, make_pretraining_model
+from modeling_nim.training.models import (
+    ModelRecipe,
+    draw_degradation,
+    enable_activation_checkpointing,
+    make_config,
+    make_pretraining_model,
+)
 from modeling_nim.training.optimization import (
     OptimizationRecipe,
     learning_rate_at,
@@ -49,6 +55,9 @@ def test_another_global_batch_scales_the_learning_rate_and_says_so():
         plan = make_plan(recipe(per_device_batch_size=96), num_processes=2, num_images=1000)
     assert plan.peak_learning_rate == pytest.approx(1e-3 * 192 / 256)
     assert plan.num_steps == 50
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert make_plan(recipe(per_device_batch_size=96), num_processes=2, num_images=1000, warn=False) == plan
 
 
 @pytest.mark.parametrize(
@@ -144,6 +153,16 @@ def test_model_recipes_refuse_what_the_configuration_does_not_have():
     assert (base.hidden_size, base.decoder_num_hidden_layers, base.patch_size) == (768, 8, 16)
     assert isinstance(make_config(ModelRecipe("simmim", "base")), NIMSimMIMConfig)
     assert isinstance(make_config(ModelRecipe("mae")), NIMConfig)
+
+
+def test_activation_checkpointing_reaches_every_layer_without_a_warning():
+    model = make_pretraining_model(ModelRecipe(config=SIZES))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        enable_activation_checkpointing(model)
+    layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    assert len(layers) >= 2 + model.config.decoder_num_hidden_layers
+    assert all(layer.gradient_checkpointing for layer in layers)
 
 
 def test_pretrained_directory_remembers_its_degradation(tmp_path):
