@@ -52,6 +52,7 @@ from modeling_nim.training.settings import (
     CheckpointRecipe,
     ExecutionRecipe,
     LoggingRecipe,
+    decisive_settings,
     make_accelerator,
     save_recipe,
 )
@@ -127,7 +128,9 @@ def main() -> None:
 
     # Where to begin: everything that is random about an image depends on (seed, epoch, image), not on what was before
     checkpoints = os.path.join(recipe.output_dir, "checkpoints")
-    step, state = load_newest_checkpoint(accelerator, checkpoints, average) or (0, {"best_accuracy": -1.0})
+    settings = decisive_settings(recipe, plan.global_batch_size, len(source))
+    found = load_newest_checkpoint(accelerator, checkpoints, settings, recipe.checkpoints.on_changed_recipe, average)
+    step, state = found or (0, {"best_accuracy": -1.0})
     batch_sizes = (plan.global_batch_size, plan.per_device_batch_size)
     loader = training_loader(accelerator, images, recipe.data, *batch_sizes, step, plan.num_steps)
     validation_loader = None
@@ -193,7 +196,7 @@ def main() -> None:
                 state = {"best_accuracy": accuracy}
                 save_model_dir(accelerator, model, os.path.join(recipe.output_dir, "best"), average)
         if saving:
-            save_checkpoint(accelerator, checkpoints, step, state, recipe.checkpoints.keep, average)
+            save_checkpoint(accelerator, checkpoints, step, settings, state, recipe.checkpoints.keep, average)
         if stopping or step == plan.num_steps:
             break
 

@@ -44,6 +44,7 @@ from modeling_nim.training.settings import (
     CheckpointRecipe,
     ExecutionRecipe,
     LoggingRecipe,
+    decisive_settings,
     make_accelerator,
     save_recipe,
 )
@@ -85,7 +86,9 @@ def main() -> None:
 
     # Where to begin: everything that is random about an image depends on (seed, epoch, image), not on what was before
     checkpoints = os.path.join(recipe.output_dir, "checkpoints")
-    step, _ = load_newest_checkpoint(accelerator, checkpoints, average) or (0, {})
+    settings = decisive_settings(recipe, plan.global_batch_size, len(source))
+    found = load_newest_checkpoint(accelerator, checkpoints, settings, recipe.checkpoints.on_changed_recipe, average)
+    step, _ = found or (0, {})
     batch_sizes = (plan.global_batch_size, plan.per_device_batch_size)
     loader = training_loader(accelerator, images, recipe.data, *batch_sizes, step, plan.num_steps)
     reporter = Reporter(accelerator, recipe.output_dir, step, plan.num_steps)
@@ -122,7 +125,7 @@ def main() -> None:
         if saving or step % recipe.logging.every_steps == 0:
             reporter.report(step, learning_rate)  # raises before a NaN can reach a checkpoint
         if saving:
-            save_checkpoint(accelerator, checkpoints, step, {}, recipe.checkpoints.keep, average)
+            save_checkpoint(accelerator, checkpoints, step, settings, {}, recipe.checkpoints.keep, average)
         if stopping or step == plan.num_steps:
             break
 

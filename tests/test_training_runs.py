@@ -113,6 +113,22 @@ def test_sigterm_to_one_process_stops_all_at_the_next_report(tmp_path):
     assert [step for step, _ in list_checkpoints(tmp_path / "run" / "checkpoints")] == [8]
 
 
+def test_a_changed_recipe_is_not_taken_for_the_old_one(tmp_path):
+    output_dir = tmp_path / "run"
+    run("run_pretrain", PRETRAIN, output_dir, interruption=("step", 5, signal.SIGTERM))
+    other = ("optimization.steps=14", "model.config.sigma=30", "data.num_workers=1")
+    printed = run("run_pretrain", PRETRAIN, output_dir, *other, exit_code=2)
+    (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
+    changes = "model.config.sigma was not set and is 30"
+    assert f"optimization.steps was 12 and is 14, {changes};" in line and "Traceback" not in printed
+    # what decides no number may change; what does, when asked for
+    run("run_pretrain", PRETRAIN, output_dir, "logging.every_steps=2", "optimization.gradient_accumulation_steps=2")
+    assert list(losses(output_dir)) == [1, 2, 3, 4, 5, 6, 8, 9, 10, 12]
+    longer = ("optimization.steps=14", "checkpoints.on_changed_recipe=continue")
+    run("run_pretrain", PRETRAIN, output_dir, *longer)
+    assert last_step(output_dir) == 14
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     settings = ("optimization.base_learning_rate=1e38", "optimization.warmup_steps=4", "checkpoints.every_steps=1")
     printed = run("run_pretrain", PRETRAIN, tmp_path / "run", *settings, exit_code=2)

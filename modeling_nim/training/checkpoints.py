@@ -1,7 +1,8 @@
 """Checkpoints that are complete or absent, named by the optimiser step, the newest few kept.
 
 A checkpoint is written under a temporary name, gets a manifest of its files with their hashes, and is renamed last. What
-cannot be read back (a full disk, a torn copy) is found by the manifest, and the checkpoint before it is used instead.
+cannot be read back (a full disk, a torn copy) is found by the manifest, and the checkpoint before it is used instead. The
+manifest also holds the settings that the numbers follow from, so that a run is not continued with others by mistake.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import os
 import re
 import shutil
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -39,14 +40,16 @@ def save_checkpoint(
     accelerator: Accelerator,
     folder: str,
     step: int,
+    settings: dict[str, Any],
     state: dict[str, Any],
     keep: int,
     average: AveragedModel | None = None,
 ) -> str:
     """Save everything Accelerate knows (weights, optimiser, random states) and the JSON-able `state` as one checkpoint.
 
-    Every process must call it. `average` is the moving average of the weights, if there is one. Returns the checkpoint's
-    path; older ones beyond the newest `keep` are removed.
+    Every process must call it. `settings` are what the run's numbers follow from (`settings.decisive_settings`), `average`
+    is the moving average of the weights, if there is one. Returns the checkpoint's path; older ones beyond the newest
+    `keep` are removed.
     """
     path = checkpoint_path(folder, step)
     temporary = f"{path}.incomplete"
@@ -62,7 +65,7 @@ def save_checkpoint(
         if average is not None:
             tensors = {name: tensor.contiguous() for name, tensor in average.state_dict().items()}
             save_file(tensors, os.path.join(temporary, AVERAGE))
-        manifest = {"step": step, "state": state, "sha256": _hash_files(temporary)}
+        manifest = {"step": step, "settings": settings, "state": state, "sha256": _hash_files(temporary)}
         with open(os.path.join(temporary, MANIFEST), "w", encoding="utf-8") as file:
             json.dump(manifest, file)
             file.flush()
@@ -77,25 +80,35 @@ def save_checkpoint(
 
 
 def load_newest_checkpoint(
-    accelerator: Accelerator, folder: str, average: AveragedModel | None = None
+    accelerator: Accelerator,
+    folder: str,
+    settings: dict[str, Any],
+    on_changed_recipe: Literal["raise", "continue"] = "raise",
+    average: AveragedModel | None = None,
 ) -> tuple[int, dict[str, Any]] | None:
     """Load the newest intact checkpoint into what was prepared; returns its step and state, or None without any.
 
     Every process must call it; one process looks for damage and all load what it found. Damaged checkpoints are skipped
-    with a warning that names the file.
+    with a warning that names the file. Raises ValueError naming what is not as it was when `settings` are not those of the
+    checkpoint, unless `on_changed_recipe` is "continue".
     """
     chosen: list[Any] = [None]
     if accelerator.is_main_process:
         for step, path in reversed(list_checkpoints(folder)):
             try:
-                chosen = [(step, path, _verified_state(path))]
+                chosen = [(step, path, _verified_manifest(path))]
                 break
             except (OSError, ValueError, KeyError) as error:
                 warnings.warn(f"checkpoint {path!r} is damaged ({error}); trying the one before", stacklevel=2)
     chosen = broadcast_object_list(chosen)
     if chosen[0] is None:
         return None
-    step, path, state = chosen[0]
+    step, path, manifest = chosen[0]
+    if on_changed_recipe == "raise" and (changes := _changes(manifest["settings"], settings)):
+        raise ValueError(
+            f"checkpoint {path!r} was made with another recipe: {changes}; restore it, name another output_dir, or set "
+            f"checkpoints.on_changed_recipe=continue to go on with the new one"
+        )
     accelerator.load_state(path)
     if average is not None:
         if not os.path.exists(os.path.join(path, AVERAGE)):
@@ -103,17 +116,25 @@ def load_newest_checkpoint(
                 f"checkpoint {path!r} holds no moving average; unset optimization.ema_decay or start afresh"
             )
         average.load_state_dict(load_file(os.path.join(path, AVERAGE)))
-    return step, state
+    return step, manifest["state"]
 
 
-def _verified_state(path: str) -> dict[str, Any]:
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The settings that differ, e.g. "optimization.steps was 100 and is 200"; empty when none does."""
+    before, now = ({key: str(value) for key, value in settings.items()} for settings in (before, now))
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return ", ".join(f"{name} was {before.get(name, 'not set')} and is {now.get(name, 'not set')}" for name in names)
+
+
+def _verified_manifest(path: str) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are as they were written; ValueError, KeyError or OSError otherwise."""
     with open(os.path.join(path, MANIFEST), encoding="utf-8") as file:
         manifest = json.load(file)
     found = _hash_files(path)
     for name, expected in manifest["sha256"].items():
         if found.get(name) != expected:
             raise ValueError(f"{name} is {'not as it was written' if name in found else 'missing'}")
-    return manifest["state"]
+    return manifest
 
 
 def _hash_files(path: str) -> dict[str, str]:

@@ -109,8 +109,8 @@ class Reporter:
         for number, loss in enumerate(losses, start=step - len(losses) + 1):
             if not math.isfinite(loss):
                 raise NonFiniteLossError(
-                    f"the loss is {loss} at step {number}; the last checkpoint is kept, lower the learning rate or set "
-                    f"optimization.max_grad_norm before going on from it"
+                    f"the loss is {loss} at step {number}; the last checkpoint is kept: go on from it with a lower "
+                    f"learning rate or optimization.max_grad_norm, and checkpoints.on_changed_recipe=continue"
                 )
         # the losses have arrived: on a GPU the steps end here, not where they were queued
         elapsed_s = self.training_s + time.perf_counter() - self.step_ended

@@ -23,10 +23,15 @@ class ExecutionRecipe:
 
 @dataclass
 class CheckpointRecipe:
-    """The `checkpoints` section: one every `every_steps` steps and at the end, the newest `keep` of them kept."""
+    """The `checkpoints` section: one every `every_steps` steps and at the end, the newest `keep` of them kept.
+
+    A run does not go on from a checkpoint of another recipe, as far as the recipe decides the numbers, unless
+    `on_changed_recipe` is "continue".
+    """
 
     every_steps: int = 1000
     keep: int = 2
+    on_changed_recipe: Literal["raise", "continue"] = "raise"
 
     def __post_init__(self):
         for name in ("every_steps", "keep"):
@@ -36,7 +41,12 @@ class CheckpointRecipe:
 
 @dataclass
 class LoggingRecipe:
-    """The `logging` section: a record in `log.jsonl` every `every_steps` steps, and to `trackers` if any are named."""
+    """The `logging` section: a record in `log.jsonl` every `every_steps` steps, and to `trackers` if any are named.
+
+    Several processes also ask one another at this interval whether one was told to stop (SIGTERM): asking at every step
+    would make the GPUs wait. The interval must be short against the time that the machine leaves between SIGTERM and
+    SIGKILL (torchrun: 30 s).
+    """
 
     every_steps: int = 10
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = field(default_factory=list)
@@ -63,6 +73,37 @@ def make_accelerator(recipe: Any) -> Accelerator:
     if recipe.logging.trackers:
         accelerator.init_trackers(recipe.logging.project, config=_flat(recipe_to_dict(recipe)))
     return accelerator
+
+
+# What these change is how a run is executed and what is seen of it, not what it computes (but for rounding).
+_NEUTRAL_KEYS = (
+    "output_dir",
+    "checkpoints",
+    "logging",
+    "validation",
+    "data.path",
+    "data.num_images",
+    "data.num_workers",
+    "data.on_bad_image",
+    "execution.compile",
+    "execution.gradient_checkpointing",
+    "optimization.batch_size",
+    "optimization.per_device_batch_size",
+    "optimization.gradient_accumulation_steps",
+)
+
+
+def decisive_settings(recipe: Any, global_batch_size: int, num_images: int) -> dict[str, int | float | str | bool]:
+    """The keys of the recipe that the numbers of the run follow from.
+
+    The data may move and the batch may be shared otherwise; the number of images and the global batch stand for both.
+    """
+    settings = {
+        key: value
+        for key, value in _flat(recipe_to_dict(recipe)).items()
+        if not any(key == neutral or key.startswith(f"{neutral}.") for neutral in _NEUTRAL_KEYS)
+    }
+    return settings | {"data.num_images": num_images, "optimization.batch_size": global_batch_size}
 
 
 def save_recipe(accelerator: Accelerator, recipe: Any) -> None:
