@@ -38,7 +38,7 @@ def summarise(
     comparisons = _comparisons(groups)
     return {
         "rows": rows,
-        "worst_case": _worst_case(groups),
+        "worst_case": _worst_case(groups, attacks),
         "comparisons": comparisons,
         "alarms": _alarms(groups, attacks, models, comparisons),
     }
@@ -87,8 +87,9 @@ def _interval(values: Sequence[float]) -> list[float]:
 def _row(group: tuple, members: list[Record], attacks: dict, seconds: float) -> dict[str, Any]:
     model, sigma, label, threat, epsilon = group
     attacked, control = scores(members, "predictions"), scores(members, "clean_predictions")
+    queries = [record["queries"] for record in members if not record["skipped"]]  # of the images that were attacked
     settings = dict(attacks.get(group, {}))
-    perturbation = "l2_255" if settings.get("norm") == "l2" else "linf_255"
+    perturbation = f"{_norm(attacks, group)}_255"
     return {
         "model": model,
         "sigma": _sigma_value(sigma),
@@ -111,7 +112,7 @@ def _row(group: tuple, members: list[Record], attacks: dict, seconds: float) -> 
         "seeds": sorted({record["seed"] for record in members}),
         "mean_perturbation_255": round(sum(record[perturbation] for record in members) / len(members), 4),
         "mean_loss": round(sum(record["loss"] for record in members) / len(members), 6),
-        "mean_queries": round(sum(record["queries"] for record in members) / len(members), 1),
+        "mean_queries": round(sum(queries) / max(len(queries), 1), 1),
         "settings": settings,
     }
 
@@ -133,19 +134,25 @@ def _pooled(members: Sequence[Record]) -> dict[str, bool]:
     return {image: majority_is_right(values, labels[image]) for image, values in predictions.items()}
 
 
-def _worst_case(groups: dict[tuple, list[Record]]) -> list[dict[str, Any]]:
+def _norm(attacks: dict[tuple, dict[str, Any]], group: tuple) -> str:
+    """What the group's epsilon is measured in; budgets of different norms have nothing to do with each other."""
+    return attacks.get(group, {}).get("norm", "linf")
+
+
+def _worst_case(groups: dict[tuple, list[Record]], attacks: dict[tuple, dict[str, Any]]) -> list[dict[str, Any]]:
     """Per model and budget, the images whose majority vote withstands every attack that was made on all of them.
 
     The attacker who knows the draw is left out: no deployed defence meets one.
     """
     families: dict[tuple, dict[str, dict[str, bool]]] = defaultdict(dict)
-    for (model, sigma, label, threat, epsilon), members in groups.items():
+    for group, members in groups.items():
+        model, sigma, label, threat, epsilon = group
         if label != "none" and threat != "white_box_known_draw":
-            families[model, sigma, epsilon][f"{label} ({threat})"] = _pooled(members)
+            families[model, sigma, epsilon, _norm(attacks, group)][f"{label} ({threat})"] = _pooled(members)
     worst = []
-    for (model, sigma, epsilon), attacks in families.items():
-        num_images = max(len(decisions) for decisions in attacks.values())
-        full = {name: decisions for name, decisions in attacks.items() if len(decisions) == num_images}
+    for (model, sigma, epsilon, norm), by_attack in families.items():
+        num_images = max(len(decisions) for decisions in by_attack.values())
+        full = {name: decisions for name, decisions in by_attack.items() if len(decisions) == num_images}
         if len(full) < 2:
             continue
         images = next(iter(full.values()))
@@ -155,6 +162,7 @@ def _worst_case(groups: dict[tuple, list[Record]]) -> list[dict[str, Any]]:
                 "model": model,
                 "sigma": _sigma_value(sigma),
                 "epsilon_255": epsilon,
+                "norm": norm,
                 "accuracy_majority": _percent(survived),
                 "ci95_majority": _interval(survived),
                 "num_images": num_images,
@@ -214,7 +222,8 @@ def _alarms(groups: dict, attacks: dict, models: dict, comparisons: list) -> lis
             ring("pixels_out_of_range", where, f"scored pixels lie in [{low:g}, {high:g}], images are [0, 1]")
         if label == "none":
             continue
-        perturbation = "l2_255" if settings.get("norm") == "l2" else "linf_255"
+        norm = _norm(attacks, group)
+        perturbation = f"{norm}_255"
         largest = max(record[perturbation] for record in members)
         if largest > epsilon + 1e-3:
             ring("beyond_epsilon", where, f"a scored perturbation measures {largest:.4f}/255")
@@ -227,11 +236,11 @@ def _alarms(groups: dict, attacks: dict, models: dict, comparisons: list) -> lis
             message = f"the step {alpha:g}/255 is not smaller than epsilon: iterates jump between corners"
             ring("step_not_smaller_than_epsilon", where, message + ", so the attack is weaker than its step count says")
         accuracy = _percent(scores(members, "predictions")["mean"])
-        if epsilon >= 128 and threat.startswith("white_box") and accuracy > 5:
+        if norm == "linf" and epsilon >= 128 and threat.startswith("white_box") and accuracy > 5:
             message = f"{accuracy:.1f}% survive a budget that can turn any image grey: the attack does not work here"
             ring("survives_large_epsilon", where, message)
 
-    _ring_where_white_box_is_weaker(groups, ring)
+    _ring_where_white_box_is_weaker(groups, attacks, ring)
 
     undecided: dict[tuple, list[dict]] = defaultdict(list)
     for comparison in comparisons:
@@ -251,10 +260,11 @@ def _alarms(groups: dict, attacks: dict, models: dict, comparisons: list) -> lis
     return alarms
 
 
-def _ring_where_white_box_is_weaker(groups: dict, ring) -> None:
+def _ring_where_white_box_is_weaker(groups: dict, attacks: dict, ring) -> None:
     """The attacker who knows more must not do worse, beyond what chance explains (paired over the images)."""
     families: dict[tuple, dict[str, list[tuple[str, dict[str, float]]]]] = defaultdict(lambda: defaultdict(list))
-    for (model, sigma, label, threat, epsilon), members in groups.items():
+    for group, members in groups.items():
+        model, sigma, label, threat, epsilon = group
         if label == "none":
             continue
         accuracies: dict[str, list[float]] = defaultdict(list)
@@ -262,8 +272,8 @@ def _ring_where_white_box_is_weaker(groups: dict, ring) -> None:
             right = sum(prediction == record["label"] for prediction in record["predictions"])
             accuracies[record["image_id"]].append(right / len(record["predictions"]))
         means = {image: sum(values) / len(values) for image, values in accuracies.items()}
-        families[model, sigma, epsilon][threat].append((label, means))
-    for (model, sigma, epsilon), threats in families.items():
+        families[model, sigma, epsilon, _norm(attacks, group)][threat].append((label, means))
+    for (model, sigma, epsilon, _), threats in families.items():
         for threat in ("gray_box", "black_box"):
             for label, weaker in threats.get(threat, []):
                 verdicts = []
