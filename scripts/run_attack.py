@@ -28,14 +28,14 @@ from modeling_nim.robustness.pictures import pictured_jobs, reconstruction_recor
 from modeling_nim.robustness.protocols import AttackRunRecipe, plan_jobs, resolve
 from modeling_nim.robustness.records import RecordFile, plan_units, read_jsonl, run_settings, write_json, write_jsonl
 from modeling_nim.robustness.summary import model_key, summarise, table
-from modeling_nim.robustness.targets import check_classes, load_purifier, load_targets, model_hash
+from modeling_nim.robustness.targets import check_classes, check_losses, load_purifier, load_targets, model_hash
 from modeling_nim.training.recipe import load_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a YAML file, e.g. scripts/recipes/digits/attack.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces what the recipe says")
     arguments = parser.parse_args(argv)
     recipe = load_recipe(arguments.recipe, AttackRunRecipe, arguments.overrides)
     accelerator = Accelerator()
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_classes(targets, source)
     undefended = [target.name for target in targets if target.sigma is None]
     plan = resolve(recipe, undefended)
+    check_losses(targets, plan.attacks)
     jobs = plan_jobs(plan, targets, len(source))
     if recipe.pictures is not None:
         pictured_jobs(recipe.pictures, targets, jobs)  # before hours of attacks, not after

@@ -188,6 +188,32 @@ def test_an_honest_defence_rings_nothing():
     assert worst["accuracy_majority"] <= min(rows[t, 2.0]["accuracy_majority"] for t in ("white_box", "gray_box"))
 
 
+def test_budgets_of_different_norms_are_not_compared():
+    target, x = NoisyTarget(), images(80)
+    labels = target.logits(x, {}).argmax(1)
+    attacks = [
+        AttackRecipe("pgd", norm="l2", steps=4),  # 8/255 in L2 is next to nothing, 128/255 is half a unit
+        AttackRecipe("pgd", threat_models=["gray_box"], steps=4),
+        AttackRecipe("patch_mean", threat_models=["gray_box"], steps=4, patch_size=4),
+    ]
+    _, summary, _, _ = run([target], attacks, x, labels, [8.0])
+    rows = {(row["name"], row["threat_model"]): row["accuracy"] for row in summary["rows"]}
+    assert rows["pgd-4 l2", "white_box"] > rows["pgd-4", "gray_box"] + 20
+    assert "white_box_weaker" not in alarms(summary)
+    (worst,) = summary["worst_case"]
+    assert worst["norm"] == "linf" and worst["attacks"] == ["patch_mean-4 (gray_box)", "pgd-4 (gray_box)"]
+    _, summary, _, _ = run([target], attacks[:1], x, labels, [128.0])
+    assert summary["rows"][-1]["accuracy"] > 5 and "survives_large_epsilon" not in alarms(summary)
+
+
+def test_mean_queries_are_those_of_the_images_that_were_attacked():
+    target, x = QuietTarget(), images(30)
+    labels = torch.zeros(30, dtype=torch.long)
+    records, summary, _, _ = run([target], [AttackRecipe("pgd", steps=10)], x, labels, [8.0])
+    assert 0 < sum(record["skipped"] for record in records) < 30
+    assert [row["mean_queries"] for row in summary["rows"]] == [0, 10]
+
+
 def test_a_secretly_random_model_rings():
     target = SecretlyRandomTarget()
     _, summary, _, _ = run([target], [AttackRecipe("fgsm")], images(8), torch.zeros(8, dtype=torch.long), [1.0])
@@ -324,6 +350,30 @@ def test_jobs_of_a_plan():
         resolve(duplicate)
 
 
+def test_settings_that_set_attacks_apart_are_kept_apart_and_written_down():
+    recipe = AttackRunRecipe(
+        "out",
+        models=[ModelRecipe("quiet", "y")],
+        attacks=[
+            AttackRecipe("torchattacks", name="short", torchattacks_class="PGD", steps=1),
+            AttackRecipe("torchattacks", name="long", torchattacks_class="PGD", steps=50, arguments={"alpha": 0.01}),
+            AttackRecipe("torchattacks", threat_models=["black_box"], torchattacks_class="Square", queries=70),
+        ],
+    )
+    jobs = plan_jobs(resolve(recipe), [QuietTarget()], 10)
+    assert [(job.label, job.threat_model) for job in jobs[1:]] == [
+        ("short", "white_box"),
+        ("long", "white_box"),
+        ("square torchattacks", "black_box"),
+    ]
+    arguments = [job.attack.settings(4.0)["arguments"] for job in jobs[1:]]
+    assert arguments[0] == {"eps": 4 / 255, "alpha": 1 / 255, "steps": 1}
+    assert arguments[1] == {"eps": 4 / 255, "alpha": 0.01, "steps": 50}
+    assert arguments[2] == {"eps": 4 / 255, "n_queries": 70}
+    patches = [AttackRecipe("patch_mean", patch_size=size).settings(4.0) for size in (4, 8)]
+    assert patches[0] != patches[1] and patches[1]["patch_size"] == 8
+
+
 def test_units_cover_every_image_once():
     units = plan_units([10, 4], 4)
     assert [(u.job, u.start, u.stop) for u in units] == [(0, 0, 4), (0, 4, 8), (0, 8, 10), (1, 0, 4)]
@@ -343,6 +393,10 @@ def test_the_cost_before_the_start_counts_the_passes():
     # two restarts are chosen between on 2 x 10 draws, and finding the wrong images costs 10 more
     assert seconds(AttackRecipe("pgd", steps=5, eot_samples=20, restarts=2), "white_box") == 200 * 3 + 10 + 20 + 10
     assert seconds(AttackRecipe("square", queries=500), "black_box") == 500 + 10 + 10
+    theirs = AttackRecipe("torchattacks", torchattacks_class="EOTPGD", steps=5, eot_samples=4)
+    assert seconds(theirs, "white_box") == 5 * 4 * 3 + 10
+    theirs = AttackRecipe("torchattacks", threat_models=["black_box"], torchattacks_class="Square", queries=50)
+    assert seconds(theirs, "black_box") == 50 + 10
     text = cost_table([Job(0, AttackRecipe("pgd", steps=5), "white_box", 8.0, 0, 10)], [target], speeds, 10, 2)
     assert "25000.0 s" in text and "about 125 s with 2 process(es)" in text
     assert set(measure_speed(target, images(2), 8)) == set(speed)

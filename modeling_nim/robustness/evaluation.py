@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch import nn
 from . import attacks
 from .attacks import LOSSES, Oracle, choose_worst, decide, target_forward
 from .draws import ATTACK, EVALUATE, SELECT, isolated_global_rng, stream_seed
-from .protocols import AttackRecipe, Job, torchattacks_class
+from .protocols import Job, torchattacks_arguments, torchattacks_class
 from .targets import Target
 
 
@@ -94,7 +93,7 @@ def _attack(job, targets, images_01, labels, image_ids, selection_draws, micro_b
 
     if recipe.attack == "torchattacks":
         oracle = oracle_for("ce")
-        return _torchattacks(recipe, oracle, images_01, labels, epsilon, alpha), oracle
+        return _torchattacks(job, oracle, images_01, labels), oracle
     if recipe.attack == "square":
         oracle = oracle_for("margin")
         stop = not target.is_random
@@ -179,18 +178,13 @@ class _TensorModel(nn.Module):
         return torch.cat(pieces)
 
 
-def _torchattacks(
-    recipe: AttackRecipe, oracle: Oracle, images_01, labels, epsilon: float, alpha: float
-) -> torch.Tensor:
-    attack_class = torchattacks_class(recipe)
-    known = inspect.signature(attack_class.__init__).parameters
-    ours = {"eps": epsilon, "alpha": alpha, "steps": recipe.steps}
-    ours |= {"n_queries": recipe.queries, "eot_iter": recipe.eot_samples}
-    arguments = {key: value for key, value in ours.items() if key in known} | recipe.arguments
+def _torchattacks(job: Job, oracle: Oracle, images_01: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    attack_class = torchattacks_class(job.attack)
+    arguments = torchattacks_arguments(job.attack, job.epsilon_255)
     model = _TensorModel(oracle, images_01.device)
     with isolated_global_rng(stream_seed(oracle.seed, oracle.image_ids[0], ATTACK)):
         adversarial = attack_class(model, **arguments)(images_01, labels)
-    oracle.queries += model.calls
+    oracle.queries += model.calls  # of the batch: the most that any of its images was asked
     return adversarial.detach()
 
 
@@ -299,7 +293,12 @@ def seconds_per_image(
     if recipe.attack == "square":
         seconds += recipe.queries * speed["full_forward"]
     if recipe.attack == "torchattacks":
-        seconds += recipe.steps * recipe.eot_samples * speed[f"{part}_gradient"]
+        arguments = torchattacks_arguments(recipe, job.epsilon_255)
+        if "n_queries" in arguments:
+            seconds += arguments["n_queries"] * speed[f"{part}_forward"]
+        else:
+            passes = arguments.get("steps", 1) * arguments.get("eot_iter", 1)
+            seconds += passes * speed[f"{part}_gradient"]
     candidates = recipe.restarts * (2 if recipe.attack == "autoattack_rand" else 1)
     selections = (candidates if candidates > 1 else 0) + recipe.skips(draws)
     return seconds + selections * draws * speed["full_forward"]

@@ -31,9 +31,11 @@ AttackKind = Literal[
 # The threat models in which an attack makes sense, the usual one first.
 ALLOWED_THREATS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
-        ("fgsm", "pgd", "patch_mean", "apgd_ce", "apgd_dlr", "autoattack_rand", "torchattacks"),
+        ("fgsm", "pgd", "patch_mean", "apgd_ce", "apgd_dlr", "autoattack_rand"),
         ("white_box", "white_box_known_draw", "gray_box"),
     ),
+    # what its classes ask for is theirs: name black_box for those that need answers alone
+    "torchattacks": ("white_box", "white_box_known_draw", "gray_box", "black_box"),
     "features": ("gray_box",),  # from the features of the classifier's own encoder
     "transfer": ("gray_box",),  # from another model, `source`
     "square": ("black_box",),
@@ -44,7 +46,7 @@ ALLOWED_THREATS: dict[str, tuple[str, ...]] = {
 class AttackRecipe:
     """One attack; lists multiply.
 
-    - `attack`: `fgsm`; `pgd`; `patch_mean` (PGD with a perturbation constant over each patch); `apgd_ce`, `apgd_dlr`;
+    - `attack`: `fgsm`; `pgd`; `patch_mean` (PGD whose steps are constant over each patch); `apgd_ce`, `apgd_dlr`;
       `autoattack_rand` (both, the worse of the two per image); `features` (moves the classifier's encoder features away);
       `transfer` (PGD on the model named `source`); `square`; `torchattacks` (`torchattacks_class` with `arguments`).
     - `threat_models`: `white_box` (exact gradients through the defence, not the draw), `white_box_known_draw` (the scored
@@ -100,6 +102,10 @@ class AttackRecipe:
             raise ValueError("attack 'square' is implemented for norm: linf")
         if self.attack == "square" and self.queries < 2 * self.eot_samples:
             raise ValueError(f"square: {self.queries} queries allow no proposal with eot_samples {self.eot_samples}")
+        if self.attack.startswith(("apgd", "autoattack")) and self.steps < 2:
+            raise ValueError(
+                f"attack {self.attack!r}: its first step is a random start, so steps must be at least 2, got 1"
+            )
         if (self.attack == "transfer") != (self.source is not None):
             raise ValueError(
                 "'source' names the model that attack 'transfer' is made on; it belongs to no other attack"
@@ -121,6 +127,10 @@ class AttackRecipe:
     @property
     def uses_steps(self) -> bool:
         return self.attack not in ("fgsm", "square", "torchattacks")
+
+    @property
+    def uses_dlr(self) -> bool:
+        return self.attack in ("apgd_dlr", "autoattack_rand") or self.loss == "dlr"
 
     @property
     def label(self) -> str:
@@ -173,7 +183,7 @@ class AttackRecipe:
         """What a table's reader must know to repeat the attack."""
         settings: dict[str, Any] = {"implementation": self.implementation, "norm": self.norm}
         if self.attack == "torchattacks":
-            return settings | {"class": self.torchattacks_class, "arguments": self.arguments}
+            return settings | {"class": self.torchattacks_class, "arguments": torchattacks_arguments(self, epsilon_255)}
         settings |= {"eot_samples": self.eot_samples}
         if self.uses_steps:
             settings |= {"steps": self.steps, "restarts": self.restarts, "targeted": self.targeted}
@@ -181,6 +191,8 @@ class AttackRecipe:
             settings |= {"alpha_255": self.alpha(epsilon_255), "random_start": self.random_start, "loss": self.loss}
         if self.attack == "square":
             settings |= {"queries": self.queries}
+        if self.patch_size is not None:
+            settings |= {"patch_size": self.patch_size}
         return settings | ({"source": self.source} if self.source else {})
 
 
@@ -197,6 +209,15 @@ def torchattacks_class(recipe: AttackRecipe) -> type:
     if unknown:
         raise ValueError(f"torchattacks.{recipe.torchattacks_class} takes no argument {unknown[0]!r}")
     return found
+
+
+def torchattacks_arguments(recipe: AttackRecipe, epsilon_255: float) -> dict[str, Any]:
+    """What the class is called with: the recipe's settings under torchattacks' names where it knows them, in [0, 1] units,
+    and over them `arguments`."""
+    ours = {"eps": epsilon_255 / 255, "alpha": recipe.alpha(epsilon_255) / 255, "steps": recipe.steps}
+    ours |= {"n_queries": recipe.queries, "eot_iter": recipe.eot_samples}
+    known = inspect.signature(torchattacks_class(recipe).__init__).parameters
+    return {key: value for key, value in ours.items() if key in known} | recipe.arguments
 
 
 @dataclass

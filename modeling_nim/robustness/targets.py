@@ -287,6 +287,17 @@ def check_classes(targets: Sequence[Target], source: ImageSource) -> None:
             )
 
 
+def check_losses(targets: Sequence[Target], attacks: Sequence[Any]) -> None:
+    """ValueError when an attack (`AttackRecipe`) ranks three classes and a model has two: better now than hours into a run."""
+    for target in targets:
+        for attack in attacks:
+            if attack.uses_dlr and target.model.config.num_labels < 3:
+                raise ValueError(
+                    f"attack {attack.label!r} needs 3 classes for its DLR loss, {target.name} has "
+                    f"{target.model.config.num_labels}: use the CE loss, e.g. apgd_ce"
+                )
+
+
 def load_purifier(path: str, device: torch.device | str) -> tuple[nn.Module, Any]:
     """A pre-trained model and its processor."""
     model = _load(AutoModelForPreTraining, path).eval().requires_grad_(False).to(device)
