@@ -30,7 +30,7 @@ from modeling_nim.training.recipe import load_recipe
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a YAML file, e.g. scripts/recipes/digits/certify.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces what the recipe says")
     arguments = parser.parse_args(argv)
     recipe = load_recipe(arguments.recipe, CertifyRecipe, arguments.overrides)
     accelerator = Accelerator()
@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     settings = run_settings(recipe, accelerator.device, models=models, data=source.fingerprint)
+    settings["recipe"].pop("radii")  # the table's alone: another one can be made of the same certificates
     units = plan_units([len(order)] * len(targets), batch_size=1)
     records = RecordFile(recipe.output_dir, settings, units, accelerator, name="certificates")
     progress = tqdm(total=len(units), initial=records.done, unit="image", disable=not accelerator.is_main_process)

@@ -21,7 +21,8 @@ from modeling_nim import (
 )
 from modeling_nim.image_processing import image_processor_for
 from modeling_nim.robustness.certification import CertifyRecipe
-from modeling_nim.robustness.protocols import AttackRunRecipe, resolve
+from modeling_nim.robustness.protocols import AttackRecipe, AttackRunRecipe, resolve
+from modeling_nim.robustness.targets import ClassifierTarget, check_losses
 
 
 ROOT = Path(__file__).parents[1]
@@ -183,6 +184,7 @@ def test_two_processes_give_the_single_processs_file(recipe, tmp_path):
         ({"attacks": [{"attack": "torchattacks", "torchattacks_class": "PDG"}]}, "torchattacks has no class"),
         ({"attacks": []}, "neither a protocol nor attacks"),
         ({"attacks": [{"attack": "pgd", "steps": 0}]}, "steps must be at least 1"),
+        ({"attacks": [{"attack": "apgd_ce", "steps": 1}]}, "steps must be at least 2"),
     ],
 )
 def test_bad_recipes_are_refused_before_anything_is_written(recipe, models, tmp_path, change, message):
@@ -210,6 +212,45 @@ def test_a_model_for_fewer_classes_than_the_data_have_is_refused(recipe, classif
     recipe["models"] = [{"name": "five", "path": str(tmp_path / "five")}]
     with pytest.raises(ValueError, match="tells 5 classes apart, the data have 10"):
         run_attack(tmp_path / "recipe.yaml", recipe, tmp_path / "out")
+
+
+def test_the_dlr_loss_is_refused_to_two_classes_before_the_run(classifier):
+    target = ClassifierTarget("two", classifier, [0.5] * 3, [0.5] * 3)
+    classifier.config.num_labels = 2
+    check_losses([target], [AttackRecipe("pgd"), AttackRecipe("apgd_ce")])
+    for recipe in (AttackRecipe("apgd_dlr"), AttackRecipe("autoattack_rand"), AttackRecipe("pgd", loss="dlr")):
+        with pytest.raises(ValueError, match="needs 3 classes for its DLR loss, two has 2"):
+            check_losses([target], [recipe])
+
+
+def test_attacks_of_torchattacks_run_beside_ours(recipe, tmp_path):
+    settings = {"epsilon_255": [8], "models": ["original", "purified"], "sigmas": [60]}
+    theirs = {"attack": "torchattacks", **settings}
+    recipe |= {
+        "attacks": [
+            {**theirs, "torchattacks_class": "PGD", "threat_models": ["white_box", "gray_box"], "steps": 3},
+            {**theirs, "torchattacks_class": "Square", "threat_models": ["black_box"], "queries": 10},
+            {**settings, "attack": "pgd", "threat_models": ["white_box", "gray_box"], "steps": 3},
+        ],
+        "seeds": [0],
+        "pictures": None,
+        "reconstruction": None,
+    }
+    summary = run_attack(tmp_path / "recipe.yaml", recipe, tmp_path / "out")
+    rows = {(row["model"], row["attack"], row["name"], row["threat_model"]): row for row in summary["rows"]}
+    for model in ("original", "purified"):
+        square = rows[model, "square", "square torchattacks", "black_box"]
+        assert square["settings"]["arguments"] == {"eps": 8 / 255, "n_queries": 10}
+        pgd = rows[model, "pgd", "pgd torchattacks", "white_box"]
+        assert pgd["settings"]["arguments"] == {"eps": 8 / 255, "alpha": 2 / 255, "steps": 3}
+        ours = rows[model, "pgd", "pgd-3", "white_box"]
+        assert pgd["mean_loss"] == pytest.approx(ours["mean_loss"], rel=0.1)
+        assert ours["mean_loss"] > ours_clean_loss(summary, model)
+    assert ("purified", "pgd", "pgd torchattacks", "gray_box") in rows
+
+
+def ours_clean_loss(summary, model):
+    return next(row["mean_loss"] for row in summary["rows"] if (row["model"], row["attack"]) == (model, "none"))
 
 
 def test_any_purifier_before_any_classifier(recipe, models, tmp_path):
@@ -243,6 +284,10 @@ def test_certification_refuses_statistics_of_the_input_and_resumes(models, tmp_p
     assert (tmp_path / "killed/certificates.jsonl").read_bytes() == whole
     main([path, f"output_dir={tmp_path / 'small'}", "micro_batch=3"])  # memory does not change the counts
     assert (tmp_path / "small/certificates.jsonl").read_bytes() == whole
+    main([path, f"output_dir={tmp_path / 'whole'}", "radii=[0, 0.2]"])  # another table of the same certificates
+    assert len(json.loads((tmp_path / "whole/certified.json").read_text())["rows"]) == 2 * 2
+    main([path, f"output_dir={tmp_path / 'whole'}"])
+    assert (tmp_path / "whole/certificates.jsonl").read_bytes() == whole
     rows = json.loads((tmp_path / "whole/certified.json").read_text())["rows"]
     assert len(rows) == 2 * 6 and all(row["num_images"] == 4 for row in rows)
     reference.load_script("make_figures").main([str(tmp_path / "whole")])
