@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directories", nargs="+", help="output_dir of run_attack.py or run_certify.py")
     parser.add_argument("--output_dir", help="where the pictures go; default: the first directory")
-    parser.add_argument("--dpi", type=int, default=140)
+    parser.add_argument("--dpi", type=int, default=140, help="dots per inch; default 140")
     arguments = parser.parse_args(argv)
     directories = [Path(directory) for directory in arguments.directories]
     output_dir = Path(arguments.output_dir or directories[0])
