@@ -64,12 +64,14 @@ class SamplePhotos(ImageSource):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--path")
-    parser.add_argument("--split", default="validation")
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--batch_size", type=int, default=50)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", default="outputs/bench/loader.json")
+    parser.add_argument("--path", help="a folder of parquet shards SPLIT-*.parquet with JPEG photos")
+    parser.add_argument("--split", default="validation", help="which split of --path (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=224, help="side of the images that come out (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=50, help="images fetched at once (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="passes over all photos (default: %(default)s)")
+    parser.add_argument(
+        "--output", default="outputs/bench/loader.json", help="where the numbers go (default: %(default)s)"
+    )
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -109,6 +111,7 @@ def main() -> None:
         "num_images": len(source),
         "data": source.fingerprint,
         "size": arguments.size,
+        "batch_size": arguments.batch_size,
         "rounds": arguments.rounds,
         **machine(torch.device("cpu")),
     }

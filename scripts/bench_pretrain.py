@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import TorchDynamoPlugin, set_seed
 from torch.profiler import ProfilerActivity, profile
 
-from modeling_nim import normalize
+from modeling_nim import MODEL_SIZES, normalize
 from modeling_nim.cli import run_main
 from modeling_nim.data.loader import to_images_01
 from modeling_nim.data.randomness import generators, image_seeds
@@ -37,13 +37,22 @@ from modeling_nim.training.progress import peak_memory_gib
 def main() -> None:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="base" if on_gpu else "tiny")
-    parser.add_argument("--image_size", type=int, default=224 if on_gpu else 64)
-    parser.add_argument("--batch_size", type=int, default=256 if on_gpu else 16)
-    parser.add_argument("--steps", type=int, default=30 if on_gpu else 8)
-    parser.add_argument("--precision", choices=["no", "bf16"], default="bf16" if on_gpu else "no")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=on_gpu)
-    parser.add_argument("--output", default="outputs/bench/pretrain.json")
+    default = "(default here: %(default)s)"
+    parser.add_argument(
+        "--size", choices=MODEL_SIZES, default="base" if on_gpu else "tiny", help=f"of the model {default}"
+    )
+    parser.add_argument(
+        "--image_size", type=int, default=224 if on_gpu else 64, help=f"side of the images in pixels {default}"
+    )
+    parser.add_argument("--batch_size", type=int, default=256 if on_gpu else 16, help=f"images per step {default}")
+    parser.add_argument("--steps", type=int, default=30 if on_gpu else 8, help=f"steps to take of each kind {default}")
+    parser.add_argument(
+        "--precision", choices=["no", "bf16"], default="bf16" if on_gpu else "no", help=f"mixed precision {default}"
+    )
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=on_gpu, help=f"with torch.compile {default}"
+    )
+    parser.add_argument("--output", default="outputs/bench/pretrain.json", help=f"where the numbers go {default}")
     arguments = parser.parse_args()
     batch_size, image_size = arguments.batch_size, arguments.image_size
 

@@ -25,12 +25,19 @@ from modeling_nim.training.bench import count_flops, machine, seconds_of, write_
 def main() -> None:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="base" if on_gpu else "tiny")
-    parser.add_argument("--image_size", type=int, default=224 if on_gpu else 64)
-    parser.add_argument("--batch_size", type=int, default=64 if on_gpu else 8)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=on_gpu)
-    parser.add_argument("--output", default="outputs/bench/purify.json")
+    default = "(default here: %(default)s)"
+    parser.add_argument(
+        "--size", choices=MODEL_SIZES, default="base" if on_gpu else "tiny", help=f"of both models {default}"
+    )
+    parser.add_argument(
+        "--image_size", type=int, default=224 if on_gpu else 64, help=f"side of the images in pixels {default}"
+    )
+    parser.add_argument("--batch_size", type=int, default=64 if on_gpu else 8, help=f"images per call {default}")
+    parser.add_argument("--rounds", type=int, default=30, help=f"calls of each model {default}")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=on_gpu, help=f"with torch.compile {default}"
+    )
+    parser.add_argument("--output", default="outputs/bench/purify.json", help=f"where the numbers go {default}")
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
