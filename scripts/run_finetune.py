@@ -98,8 +98,10 @@ class FinetuneRecipe:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("recipe", help="a YAML file, e.g. scripts/recipes/digits/finetune_denoised.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="keys of the recipe with other values"
+    )
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe, FinetuneRecipe, arguments.overrides)
 

@@ -2,8 +2,9 @@
 
     accelerate launch scripts/run_pretrain.py scripts/recipes/digits/pretrain_nim_mae.yaml [section.key=value ...]
 
-The same line on one GPU, on many (`--config_file scripts/launch/ddp_8gpu.yaml`) or on CPU. Given again after the run was
-broken off, it goes on from the newest checkpoint and arrives at the same numbers. In `output_dir`:
+The same line on one GPU, on many (`--config_file scripts/launch/gpu_8_ddp.yaml`) or on CPU. Given again after the run was
+broken off, it goes on from the newest checkpoint and arrives at the same numbers. SIGTERM saves and exits 0: after the
+current step, with several processes at the next multiple of `logging.every_steps`. In `output_dir`:
 
     config.json, model.safetensors, preprocessor_config.json   the model, at the end
     checkpoints/step-00001000/                                 what the run resumes from
@@ -65,8 +66,10 @@ class PretrainRecipe:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("recipe", help="a YAML file, e.g. scripts/recipes/digits/pretrain_nim_mae.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="keys of the recipe with other values"
+    )
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe, PretrainRecipe, arguments.overrides)
 
