@@ -11,7 +11,7 @@ from modeling_nim import NIMPurifiedImageClassification
 from modeling_nim.robustness.certification import certified_rows, check_certifiable, count_votes
 from modeling_nim.robustness.draws import distinct_seeds, stream_seed
 from modeling_nim.robustness.evaluation import attack_images, cost_table, measure_speed, score_batch, seconds_per_image
-from modeling_nim.robustness.figures import accuracy_against_sigma
+from modeling_nim.robustness.figures import accuracy_against_sigma, accuracy_of_models, certified_accuracy
 from modeling_nim.robustness.protocols import (
     AttackRecipe,
     AttackRunRecipe,
@@ -298,6 +298,42 @@ def test_the_curve_over_sigma_compares_equal_images_alone():
     assert "2 images" in axes.get_title()
     with pytest.raises(ValueError, match="two sigmas or more"):
         accuracy_against_sigma(records[:4])
+
+
+def test_the_bars_of_models_say_what_they_stand_on():
+    def row(model, name, threat, epsilon, accuracy, num_images):
+        return {
+            "model": model, "sigma": None, "name": name, "threat_model": threat, "epsilon_255": epsilon,
+            "accuracy": accuracy, "ci95": [accuracy - 5, accuracy + 5], "num_images": num_images,
+        }  # fmt: skip
+
+    rows = [row(model, "none", "clean", 0.0, 90.0, 360) for model in ("a", "b")]
+    rows += [row("a", "pgd-10", "white_box", 8.0, 50.0, 360), row("b", "pgd-10", "white_box", 8.0, 40.0, 120)]
+    rows += [row("a", "square", "black_box", 8.0, 60.0, 128)]
+    axes = accuracy_of_models(rows).axes[0]
+    assert [bar.get_height() for bar in axes.patches] == [90, 90, 50, 40, 60]
+    labels = [label for label in axes.get_legend_handles_labels()[1] if not label.startswith("_")]
+    assert labels == [
+        "no attack",
+        "pgd-10, white-box, 8/255 (120 or 360 images)",
+        "square, black-box, 8/255 (128 images)",
+    ]
+    assert axes.get_title().startswith("360 images") and "not shown" not in axes.get_title()
+    many = [row("a", "pgd-10", "white_box", float(epsilon), 1.0, 360) for epsilon in range(1, 11)]
+    assert "3 more attacks are not shown" in accuracy_of_models(rows[:1] + many).axes[0].get_title()
+
+
+def test_the_curve_of_certificates_shows_where_the_draws_end():
+    records = [
+        {"model": "m", "sigma_255": 63.75, "prediction": p, "label": 1, "radius": r, "num_draws": 1000, "alpha": 0.001}
+        for p, r in ((1, 0.6), (1, 0.2), (0, 0.5), (None, 0.0))
+    ]
+    axes = certified_accuracy(records).axes[0]
+    curve, limit = axes.lines
+    radii, accuracy = curve.get_xdata(), curve.get_ydata()
+    assert accuracy[0] == 50 and accuracy[(radii > 0.2) & (radii < 0.6)].tolist()[0] == 25 and accuracy[-1] == 0
+    assert limit.get_xdata()[0] == pytest.approx(0.616, abs=1e-3)
+    assert "1,000 draws" in curve.get_label() and "4 images" in curve.get_label()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

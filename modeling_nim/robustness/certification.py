@@ -126,6 +126,7 @@ def certify_image(
         "top_class": top,
         "count": count,
         "num_draws": recipe.num_draws,
+        "alpha": recipe.alpha,
         "prediction": top if radius > 0 else None,
         "radius": radius,
     }

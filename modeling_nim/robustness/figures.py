@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from modeling_nim.noise_nim import parse_sigma
 
-from .statistics import accuracy_interval
+from .statistics import accuracy_interval, certified_radius
 from .summary import scores
 
 
@@ -23,8 +23,8 @@ THREAT_NAMES = {
     "gray_box": "gray-box",
     "black_box": "black-box",
 }
-# colours that stay apart for colour-blind readers (Okabe & Ito)
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# colours that stay apart for colour-blind readers (Okabe & Ito, and a grey)
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 
 
 def accuracy_against_sigma(records: Sequence[Entry]) -> Figure:
@@ -88,12 +88,16 @@ def _is_number(sigma: str | None) -> bool:
     return sigma not in (None, "mask") and parse_sigma(sigma).kind == "fixed"
 
 
-def _is(row: Entry, attack: str, epsilon: float, threat: str) -> bool:
-    return row["name"] == attack and row["epsilon_255"] == epsilon and row["threat_model"] == threat
+def _is(row: Entry, attack: tuple[str, float, str], model: tuple[str, Any]) -> bool:
+    return (row["name"], row["epsilon_255"], row["threat_model"]) == attack and (row["model"], row["sigma"]) == model
 
 
 def accuracy_of_models(rows: Sequence[Entry]) -> Figure:
-    """Figure 5: clean and robust accuracy of several models, one group of bars per model, with 95% intervals."""
+    """Figure 5: clean and robust accuracy of several models, one group of bars per model, with 95% intervals.
+
+    Shows the attacks that most of the models met, as many as there are colours. The title says on how many images, the
+    legend where an attack met fewer.
+    """
     attacked = [row for row in rows if row["name"] != "none"]
     if not attacked:
         raise ValueError("accuracy of models needs records of an attack")
@@ -106,22 +110,34 @@ def accuracy_of_models(rows: Sequence[Entry]) -> Figure:
     for row in attacked:
         if (row["model"], row["sigma"]) in models:
             by_attack[row["name"], row["epsilon_255"], row["threat_model"]].add((row["model"], row["sigma"]))
-    shown = sorted(by_attack, key=lambda key: (-len(by_attack[key]), key[1]))[:6]
-    series = [("none", 0.0, "clean"), *shown]
-    figure = Figure(figsize=(max(5, 1.3 * len(models) + 3), 4.4), layout="constrained")
+    shown = sorted(by_attack, key=lambda key: (-len(by_attack[key]), key[1]))[: len(COLOURS) - 1]
+    # budgets of an attack side by side
+    series = [
+        ("none", 0.0, "clean"),
+        *sorted(shown, key=lambda key: (list(THREAT_NAMES).index(key[2]), key[0], key[1])),
+    ]
+    bars = {
+        (attack, model): next((row for row in rows if _is(row, attack, model)), None)
+        for attack in series
+        for model in models
+    }
+    most = max(row["num_images"] for row in bars.values() if row is not None)
+    figure = Figure(figsize=(max(6.5, 1.9 * len(models) + 2.5), 4.8), layout="constrained")
     axes = figure.subplots()
-    width = 0.8 / len(series)
-    for index, (name, epsilon, threat) in enumerate(series):
-        for position, (model, sigma) in enumerate(models):
-            row = next(
-                (r for r in rows if (r["model"], r["sigma"]) == (model, sigma) and _is(r, name, epsilon, threat)), None
-            )
+    width = 0.84 / len(series)
+    for index, attack in enumerate(series):
+        name, epsilon, threat = attack
+        label = "no attack" if name == "none" else f"{name}, {THREAT_NAMES[threat]}, {epsilon:g}/255"
+        numbers = sorted({bars[attack, model]["num_images"] for model in models if bars[attack, model] is not None})
+        if numbers != [most]:
+            label += f" ({' or '.join(map(str, numbers))} images)"
+        for position, model in enumerate(models):
+            row = bars[attack, model]
             if row is None:
                 continue
             x = position + (index - (len(series) - 1) / 2) * width
-            label = "no attack" if name == "none" else f"{name}, {THREAT_NAMES[threat]}, {epsilon:g}/255"
-            known = axes.get_legend_handles_labels()[1]
-            axes.bar(x, row["accuracy"], width, color=COLOURS[index], label=None if label in known else label)
+            axes.bar(x, row["accuracy"], width, color=COLOURS[index], label=label)
+            label = None  # named once
             low, high = row["ci95"]
             error = [[max(0, row["accuracy"] - low)], [max(0, high - row["accuracy"])]]
             axes.errorbar(x, row["accuracy"], error, color="black", linewidth=1, capsize=2)
@@ -133,9 +149,14 @@ def accuracy_of_models(rows: Sequence[Entry]) -> Figure:
         rotation=30 if len(models) > 5 else 0,
         ha="right" if len(models) > 5 else "center",
     )
-    axes.set(ylabel="accuracy (%)", ylim=(0, 105))
+    axes.set(ylabel="accuracy (%)", ylim=(0, 105), xlim=(-0.5, len(models) - 0.5))
+    left_out = len(by_attack) - len(shown)
+    note = f"; {left_out} more attacks are not shown" if left_out else ""
+    title = f"{most} images where the legend gives no other number, 95% intervals{note}"
+    axes.set_title(title + "\nneither bar nor interval: not attacked this way", fontsize=9)
+    axes.set_axisbelow(True)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
@@ -165,7 +186,7 @@ def reconstruction_loss(records: Sequence[Entry], with_deviation: bool | None = 
             )
     number = len(next(iter(next(iter(losses.values())).values())))
     suffix = "; bands: standard deviation over images" if with_deviation else ""
-    axes.set(xlabel="sigma of the input's noise (0..255)", ylabel="reconstruction loss", ylim=(0, None))
+    axes.set(xlabel="sigma of the input's noise (0..255)", ylabel="pre-training loss", ylim=(0, None))
     axes.set_title(f"{number} images{suffix}", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(title="pre-trained with sigma", fontsize=8, frameon=False)
@@ -183,14 +204,14 @@ def panel(entries: Sequence[Entry], pixels: dict[str, torch.Tensor], class_names
     defended.sort(key=lambda key: abs(_sigma_mean(key[1]) - 75))
     columns: list[tuple[str, tuple, str, str, bool]] = []  # title, model, kind, stage, whether the answer is shown
     for model in undefended[:1]:
-        columns.append((f"clean\n{model}", (model, None), "clean", "input", True))
-        columns.append((f"attacked\n{model}", (model, None), "attacked", "input", True))
+        columns.append((f"clean image\n{model}", (model, None), "clean", "input", True))
+        columns.append((f"attacked image\n{model}", (model, None), "attacked", "input", True))
     for model, sigma in defended[:1]:
         where = "" if sigma == "mask" else f"\nsigma {_number(sigma)}"
         columns += [
             (f"clean, degraded{where}", (model, sigma), "clean", "degraded", False),
             (f"clean, purified\n{model}", (model, sigma), "clean", "purified", True),
-            (f"attacked\n{model}", (model, sigma), "attacked", "input", False),
+            (f"attacked image\n{model}", (model, sigma), "attacked", "input", False),
             (f"attacked, degraded{where}", (model, sigma), "attacked", "degraded", False),
             (f"attacked, purified\n{model}", (model, sigma), "attacked", "purified", True),
         ]
@@ -216,9 +237,8 @@ def panel(entries: Sequence[Entry], pixels: dict[str, torch.Tensor], class_names
                     text, fontsize=9, color="#007a33" if right else "#c00000", weight="normal" if right else "bold"
                 )
     attacked = next(entry for entry in entries if entry["kind"] == "attacked")
-    title = (
-        f"{attacked['attack']}, white-box, epsilon {attacked['epsilon_255']:g}/255 (each model is attacked on its own)"
-    )
+    title = f"{attacked['attack']}, white-box, epsilon {attacked['epsilon_255']:g}/255, each model attacked on its own"
+    title += "; images that are wrong already stay as they are"
     figure.suptitle(title + "\nunder the images: prediction (confidence), one noise draw", fontsize=9)
     return figure
 
@@ -243,6 +263,7 @@ def degradations(entries: Sequence[Entry], pixels: dict[str, torch.Tensor], num_
                 if row == 0:
                     axes.set_title("noisy" if stage == "degraded" else "reconstructed", fontsize=9)
         grid[row][0].set_ylabel("masked" if sigma == "mask" else f"sigma {_number(sigma)}", fontsize=9)
+    figure.suptitle(f"{model}: clean images, degraded and reconstructed; one noise draw", fontsize=9)
     return figure
 
 
@@ -259,16 +280,16 @@ def certified_accuracy(records: Sequence[Entry]) -> Figure:
     axes = figure.subplots()
     for index, ((model, sigma), members) in enumerate(by_sigma.items()):
         correct = np.array([record["radius"] if record["prediction"] == record["label"] else -1 for record in members])
-        curve = [100 * np.mean(correct >= radius) if radius > 0 else 100 * np.mean(correct >= 0) for radius in radii]
-        axes.plot(
-            radii,
-            curve,
-            color=COLOURS[index % len(COLOURS)],
-            label=f"{model}, sigma {sigma:g}/255 ({len(members)} images)",
-        )
+        curve = [100 * np.mean(correct >= radius) for radius in radii]
+        number = members[0]["num_draws"]
+        label = f"{model}, sigma {sigma:g}/255 ({len(members)} images, {number:,} draws)"
+        axes.plot(radii, curve, color=COLOURS[index % len(COLOURS)], label=label)
+        limit = certified_radius(number, number, sigma, members[0]["alpha"])
+        axes.axvline(limit, color=COLOURS[index % len(COLOURS)], linestyle=":", linewidth=1)
     axes.set(
         xlabel="L2 radius ([0, 1] pixel units)", ylabel="certified accuracy (%)", ylim=(0, 101), xlim=(0, radii[-1])
     )
+    axes.set_title("dotted: the radius if all draws agree, which only more draws can move", fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, frameon=False)
     return figure
