@@ -39,18 +39,19 @@ def parse_sigma(spec: str | float | int) -> SigmaSpec:
     """
     if isinstance(spec, SigmaSpec):
         return spec
-    text = str(spec)
-    match = _SPEC.match(text)
-    try:
-        kind, numbers = (match[1], (float(match[2]), float(match[3]))) if match else ("fixed", (float(text),))
-    except ValueError:
-        raise ValueError(f"sigma {text!r} is not understood: {_SPEC_HELP}") from None
+    kind, numbers = "fixed", (spec,)  # a number stays one: in a compiled graph it may be symbolic
+    if isinstance(spec, bool) or not isinstance(spec, (int, float)):
+        match = _SPEC.match(str(spec))
+        try:
+            kind, numbers = (match[1], (float(match[2]), float(match[3]))) if match else ("fixed", (float(str(spec)),))
+        except ValueError:
+            raise ValueError(f"sigma {spec!r} is not understood: {_SPEC_HELP}") from None
     if not all(0 <= number < float("inf") for number in numbers):
-        raise ValueError(f"sigma must be >= 0 and finite, got {text!r}: {_SPEC_HELP}")
+        raise ValueError(f"sigma must be >= 0 and finite, got {spec!r}: {_SPEC_HELP}")
     if kind == "uniform" and numbers[0] >= numbers[1]:
-        raise ValueError(f"sigma {text!r} is an empty range: {_SPEC_HELP}")
+        raise ValueError(f"sigma {spec!r} is an empty range: {_SPEC_HELP}")
     if kind == "gamma" and min(numbers) == 0:
-        raise ValueError(f"sigma {text!r} needs a shape and a scale above 0: {_SPEC_HELP}")
+        raise ValueError(f"sigma {spec!r} needs a shape and a scale above 0: {_SPEC_HELP}")
     return SigmaSpec(kind, *numbers)
 
 

@@ -174,6 +174,17 @@ def test_forward_and_purify_compile_into_one_graph(name, pixel_values):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("sigmas", [[30, 40, 50], [30.0, 40.5, 50.0], ["30", "40"]])
+def test_one_compiled_purifier_takes_many_sigmas(sigmas, pixel_values):
+    """From the second number on, the compiler holds it as a symbol."""
+    model = PURIFIERS["nim_mae"]()
+    compiled = torch.compile(model.purify, fullgraph=True, backend="eager")
+    epsilon = torch.randn_like(pixel_values)
+    for sigma in sigmas:
+        expected = model.purify(pixel_values, sigma=torch.full((4,), float(sigma)), epsilon=epsilon)
+        torch.testing.assert_close(compiled(pixel_values, sigma=sigma, epsilon=epsilon), expected, atol=1e-5, rtol=1e-5)
+
+
 @every_classifier
 def test_classifiers_compile_into_one_graph(name, pixel_values):
     model = CLASSIFIERS[name]()
