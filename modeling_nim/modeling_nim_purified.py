@@ -120,6 +120,8 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, PreTrainedModel):
                 "used. Pass classifier_image_mean and classifier_image_std if the classifier was trained with another.",
                 stacklevel=2,
             )
+        # Some configurations belong to several classifiers (DeiT's), and this tells which; save_pretrained writes it too.
+        classifier.config.architectures = [type(classifier).__name__]
         config = NIMPurifiedConfig(
             purifier_config=purifier.config,
             classifier_config=classifier.config,
@@ -165,7 +167,7 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, PreTrainedModel):
 
     def prepare_for_classifier(self, pixel_values: torch.Tensor) -> torch.Tensor:
         r"""
-        Images in the purifier's size and normalisation to the classifier's; differentiable.
+        Images in the purifier's size and normalisation to the classifier's, and to its precision; differentiable.
 
         Without purification in between, this is the gray-box attacker's way into `model.classifier`.
         """
@@ -175,11 +177,11 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, PreTrainedModel):
             pixel_values = nn.functional.interpolate(
                 pixel_values, size=(size, size), mode="bicubic", align_corners=False, antialias=True
             )
-        if mean is None and std is None:
-            return pixel_values
         own = (config.image_mean, config.image_std)
         target = (own[0] if mean is None else list(mean), own[1] if std is None else list(std))
-        return pixel_values if target == own else normalize(denormalize(pixel_values, *own), *target)
+        if target != own:
+            pixel_values = normalize(denormalize(pixel_values, *own), *target)
+        return pixel_values.to(next((weight.dtype for weight in self.classifier.parameters()), pixel_values.dtype))
 
     def forward(
         self,

@@ -1,11 +1,16 @@
 """The defended classifier of Eq. 9: composition, votes, generators, other people's classifiers, saving."""
 
+import copy
+
 import pytest
 import torch
 from conftest import TINY, TINY_DECODER
 from PIL import Image
 from transformers import (
     AutoModelForImageClassification,
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
     ResNetConfig,
     ResNetForImageClassification,
     ViTConfig,
@@ -164,3 +169,34 @@ def test_gradient_checkpointing_reaches_both_parts(model):
     model.gradient_checkpointing_enable()
     layers = [*model.purifier.vit.layers, *model.purifier.decoder.decoder_layers, *model.classifier.vit.layers]
     assert all(layer.gradient_checkpointing for layer in layers)
+
+
+def test_parts_of_different_precision(purifier, classifier, pixel_values):
+    epsilon = torch.randn_like(pixel_values)
+    expected = NIMPurifiedImageClassification.from_parts(purifier, classifier)(pixel_values, epsilon=epsilon).logits
+    model = NIMPurifiedImageClassification.from_parts(purifier, copy.deepcopy(classifier).bfloat16())
+    logits = model(pixel_values, epsilon=epsilon).logits
+    assert logits.dtype == torch.bfloat16
+    assert (logits - expected).norm() / expected.norm() < 2e-2
+    logits = model.bfloat16()(pixel_values.bfloat16(), epsilon=epsilon, num_votes=1).logits
+    assert (logits - expected).norm() / expected.norm() < 5e-2
+
+
+def test_classifier_whose_configuration_belongs_to_several_classes(purifier, pixel_values, tmp_path):
+    config = DeiTConfig(
+        image_size=16,
+        patch_size=4,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        num_labels=3,
+    )
+    normalisation = {"classifier_image_mean": [0.5] * 3, "classifier_image_std": [0.5] * 3}
+    for deit in (DeiTForImageClassification(config), DeiTForImageClassificationWithTeacher(config)):
+        model = NIMPurifiedImageClassification.from_parts(purifier, deit.eval(), **normalisation)
+        model.save_pretrained(tmp_path)
+        loaded = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+        assert type(loaded.classifier) is type(deit)
+        epsilon = torch.randn_like(pixel_values)
+        assert torch.equal(loaded(pixel_values, epsilon=epsilon).logits, model(pixel_values, epsilon=epsilon).logits)
