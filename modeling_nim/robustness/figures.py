@@ -289,7 +289,7 @@ def certified_accuracy(records: Sequence[Entry]) -> Figure:
     axes.set(
         xlabel="L2 radius ([0, 1] pixel units)", ylabel="certified accuracy (%)", ylim=(0, 101), xlim=(0, radii[-1])
     )
-    axes.set_title("dotted: the radius if all draws agree, which only more draws can move", fontsize=9)
+    axes.set_title("dotted: the largest radius that so many draws can certify", fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, frameon=False)
     return figure
