@@ -36,6 +36,8 @@ class ImageProcessorMixin:
     """Makes `save_pretrained` and `push_to_hub` of a model write its image processor too, unless the folder has one."""
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs):
+        """As transformers', and always under this package's key names, whatever names the weights were loaded from."""
+        kwargs.setdefault("save_original_format", False)
         folder = Path(save_directory)
         # First the processor: the parent may upload the folder before it returns.
         if is_main_process and not (folder / "preprocessor_config.json").exists():

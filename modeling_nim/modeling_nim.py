@@ -23,7 +23,7 @@ from transformers.models.vit_mae.modeling_vit_mae import (
 
 from .configuration_nim import NIMClassifierConfig, NIMConfig
 from .image_processing import ImageProcessorMixin
-from .noise_nim import Generators, clamp_to_image_range, degrade, generators_per_image
+from .noise_nim import Generators, clamp_to_image_range, degrade, sample_mask_noise
 
 
 PATCH_VARIANCE_FLOOR = 1e-6  # added to a patch's variance before the root, as MAE does
@@ -177,11 +177,6 @@ class NIMPreTrainedModel(ImageProcessorMixin, ViTMAEPreTrainedModel):
             init.normal_(module.mask_token, std=self.config.initializer_range)
             self._fill_positions(module.decoder_pos_embed)
 
-    def save_pretrained(self, save_directory: str, **kwargs):
-        """As transformers', but always under this package's key names, whatever names the weights were loaded from."""
-        kwargs.setdefault("save_original_format", False)
-        super().save_pretrained(save_directory, **kwargs)
-
     @staticmethod
     def _fill_positions(table: nn.Parameter):
         init.copy_(table, sincos_position_table(int((table.shape[1] - 1) ** 0.5), table.shape[2]))
@@ -269,7 +264,9 @@ class NIMForPreTraining(NIMPreTrainedModel):
             degraded = degrade(pixel_values, sigma, epsilon, generator, self.config.image_std)  # Eq. 3
         else:
             degraded = pixel_values
-            noise = self._patch_order(pixel_values, generator) if noise is None else noise
+            if noise is None:
+                shape = (pixel_values.shape[0], self.vit.embeddings.patch_embeddings.num_patches)
+                noise = sample_mask_noise(shape, generator, pixel_values.device)
 
         encoded: ViTMAEModelOutput = self.vit(degraded, noise=noise, **kwargs)
         logits = self._decode(encoded.last_hidden_state, encoded.ids_restore)  # (B, N, patch * patch * 3)
@@ -334,14 +331,6 @@ class NIMForPreTraining(NIMPreTrainedModel):
             raise ValueError(
                 '`sigma` and `epsilon` belong to degradation="noise"; this model hides patches: use `noise`'
             )
-
-    def _patch_order(self, pixel_values: torch.Tensor, generator: Generators) -> torch.Tensor:
-        batch_size, num_patches = pixel_values.shape[0], self.vit.embeddings.patch_embeddings.num_patches
-        if generator is None:
-            return torch.rand(batch_size, num_patches, device=pixel_values.device)
-        generators = generators_per_image(generator, batch_size)
-        draws = [torch.rand(num_patches, generator=g, device=g.device) for g in generators]
-        return torch.stack(draws).to(pixel_values.device)  # (B, N)
 
     def _decode(self, latent: torch.Tensor, ids_restore: torch.Tensor | None) -> torch.Tensor:
         if ids_restore is not None:

@@ -72,11 +72,6 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         """The parts initialise themselves; nothing stands between them."""
 
-    def save_pretrained(self, save_directory: str, **kwargs):
-        """As transformers', but always under this package's key names, whatever names the parts were loaded from."""
-        kwargs.setdefault("save_original_format", False)
-        super().save_pretrained(save_directory, **kwargs)
-
     @classmethod
     def from_parts(
         cls,

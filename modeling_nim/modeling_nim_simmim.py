@@ -22,7 +22,7 @@ from transformers.models.beit.modeling_beit import (
 from .configuration_nim import NIMSimMIMClassifierConfig, NIMSimMIMConfig
 from .image_processing import ImageProcessorMixin
 from .modeling_nim import NIMForPreTrainingOutput, classification_loss
-from .noise_nim import Generators, clamp_to_image_range, degrade, generators_per_image
+from .noise_nim import Generators, clamp_to_image_range, degrade, sample_mask_noise
 
 
 def resize_relative_positions(table: torch.Tensor, window_size: tuple[int, int]) -> torch.Tensor:
@@ -154,11 +154,6 @@ class NIMSimMIMPreTrainedModel(ImageProcessorMixin, BeitPreTrainedModel):
                 f"interpolate_pos_encoding=True with sides that are multiples of {patch}"
             )
 
-    def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """As transformers', but always in this class's own key names, whatever layout it was loaded from."""
-        kwargs.setdefault("save_original_format", False)
-        super().save_pretrained(save_directory, **kwargs)
-
 
 class NIMSimMIMModel(NIMSimMIMPreTrainedModel, BeitModel):
     """SimMIM's ViT: patches to tokens, CLS first; the last layer norm belongs to pre-training only."""
@@ -203,11 +198,8 @@ class NIMSimMIMForPreTraining(NIMSimMIMPreTrainedModel):
         batch_size, _, height, width = pixel_values.shape
         side = self.config.mask_patch_size
         rows, columns = height // side, width // side
-        if noise is None and generator is None:
-            noise = torch.rand(batch_size, rows * columns, device=pixel_values.device)
-        elif noise is None:
-            generators = generators_per_image(generator, batch_size)
-            noise = torch.stack([torch.rand(rows * columns, generator=g, device=g.device) for g in generators])
+        if noise is None:
+            noise = sample_mask_noise((batch_size, rows * columns), generator, pixel_values.device)
         if noise.shape != (batch_size, rows * columns):
             raise ValueError(
                 f"noise has shape {tuple(noise.shape)}: pass ({batch_size}, {rows * columns}), one number for each "

@@ -109,6 +109,17 @@ def sample_epsilon(
     return torch.stack([torch.randn(shape[1:], generator=g, device=g.device) for g in generators]).to(device, dtype)
 
 
+def sample_mask_noise(
+    shape: tuple[int, int], generator: Generators = None, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """Uniform noise, `(B, M)`, whose order decides which of M pieces of an image are hidden (Eq. 1); image by image when a
+    generator is given (see `sample_sigma`)."""
+    if generator is None:
+        return torch.rand(shape, device=device)
+    generators = generators_per_image(generator, shape[0])
+    return torch.stack([torch.rand(shape[1:], generator=g, device=g.device) for g in generators]).to(device)
+
+
 def degrade(
     pixel_values: torch.Tensor,
     sigma: "str | float | int | torch.Tensor",
