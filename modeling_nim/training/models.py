@@ -24,7 +24,7 @@ from .. import (
     sample_sigma,
 )
 from ..cli import naming_damaged_weights
-from ..noise_nim import sample_epsilon
+from ..noise_nim import sample_epsilon, sample_mask_noise
 
 
 ARCHITECTURES = {
@@ -106,8 +106,7 @@ def draw_degradation(
             "epsilon": sample_epsilon(shape, generators, device),
         }
     side = config.image_size // getattr(config, "mask_patch_size", config.patch_size)
-    order = [torch.rand(side * side, generator=generator, device=generator.device) for generator in generators]
-    return {"noise": torch.stack(order).to(device)}
+    return {"noise": sample_mask_noise((batch_size, side * side), generators, device)}
 
 
 def load_classifier(path: str, class_names: list[str] | None, drop_path_rate: float) -> PreTrainedModel:
