@@ -60,6 +60,11 @@ def test_another_global_batch_scales_the_learning_rate_and_says_so():
         assert make_plan(recipe(per_device_batch_size=96), num_processes=2, num_images=1000, warn=False) == plan
 
 
+def test_less_than_one_step_is_no_training():
+    with pytest.raises(ValueError, match="optimization.epochs 0.01 is less than one step of 64 images"):
+        make_plan(recipe(epochs=0.01), num_processes=1, num_images=1000)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

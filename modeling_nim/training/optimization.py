@@ -103,11 +103,16 @@ def make_plan(recipe: OptimizationRecipe, num_processes: int, num_images: int, w
             stacklevel=2,
         )
     steps_per_epoch = num_images // global_batch_size
+    num_steps = recipe.steps or round(recipe.epochs * steps_per_epoch)
+    if num_steps == 0:
+        raise ValueError(
+            f"optimization.epochs {recipe.epochs} is less than one step of {global_batch_size} images; set it higher"
+        )
     return Plan(
         per_device_batch_size=per_device,
         global_batch_size=global_batch_size,
         steps_per_epoch=steps_per_epoch,
-        num_steps=recipe.steps or round(recipe.epochs * steps_per_epoch),
+        num_steps=num_steps,
         warmup_steps=recipe.warmup_steps or round((recipe.warmup_epochs or 0) * steps_per_epoch),
         peak_learning_rate=peak,
     )

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, TorchDynamoPlugin
 
 from .recipe import recipe_to_dict
@@ -58,7 +59,14 @@ class LoggingRecipe:
 
 
 def make_accelerator(recipe: Any) -> Accelerator:
-    """The accelerator for a recipe with `execution`, `optimization`, `logging` and `output_dir`, its trackers started."""
+    """The accelerator for a recipe with `execution`, `optimization`, `logging` and `output_dir`.
+
+    Raises ValueError for trackers that are not installed (Accelerate leaves them out without a word), and for a moving
+    average of sharded weights.
+    """
+    installed = {tracker.value for tracker in get_available_trackers()}
+    if missing := [tracker for tracker in recipe.logging.trackers if tracker not in installed]:
+        raise ValueError(f"logging.trackers names {', '.join(missing)}, not installed: pip install {' '.join(missing)}")
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     accelerator = Accelerator(
@@ -70,8 +78,6 @@ def make_accelerator(recipe: Any) -> Accelerator:
     )
     if recipe.optimization.ema_decay and accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError("optimization.ema_decay averages whole weights; unset it, or launch with DDP instead of FSDP")
-    if recipe.logging.trackers:
-        accelerator.init_trackers(recipe.logging.project, config=_flat(recipe_to_dict(recipe)))
     return accelerator
 
 
@@ -107,11 +113,13 @@ def decisive_settings(recipe: Any, global_batch_size: int, num_images: int) -> d
 
 
 def save_recipe(accelerator: Accelerator, recipe: Any) -> None:
-    """Write the recipe, every default filled in, to `output_dir/recipe.yaml`."""
+    """Write the recipe, every default filled in, to `output_dir/recipe.yaml`, and start the trackers with it."""
     if accelerator.is_main_process:
         os.makedirs(recipe.output_dir, exist_ok=True)
         with open(os.path.join(recipe.output_dir, "recipe.yaml"), "w", encoding="utf-8") as file:
             yaml.safe_dump(recipe_to_dict(recipe), file, sort_keys=False)
+    if recipe.logging.trackers:
+        accelerator.init_trackers(recipe.logging.project, config=_flat(recipe_to_dict(recipe)))
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
