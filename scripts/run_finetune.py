@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from modeling_nim import NIMPurifiedImageClassification, image_processor_for, normalize, parse_sigma
 from modeling_nim.cli import run_main
-from modeling_nim.data import DataRecipe, load_source
+from modeling_nim.data import BadImageError, DataRecipe, load_source
 from modeling_nim.data.augment import AugmentationRecipe, augment
 from modeling_nim.data.evaluation import BAD_IMAGE_LABEL, EvaluationImages, evaluation_loader
 from modeling_nim.data.loader import CropRecipe, TrainingImages, to_images_01, training_loader
@@ -65,6 +65,11 @@ class ValidationRecipe:
     split: Literal["none", "validation", "test"] = "none"
     every_epochs: float = 1.0
     batch_size: int = 64
+
+    def __post_init__(self):
+        for name in ("every_epochs", "batch_size"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"validation.{name} must be above 0, got {getattr(self, name)}")
 
 
 @dataclass
@@ -140,7 +145,6 @@ def main() -> None:
         held_out = EvaluationImages(
             load_source(recipe.data, recipe.validation.split),
             image_processor_for(input_config),
-            recipe.data.on_bad_image,
         )
         validation_steps = max(1, round(recipe.validation.every_epochs * plan.steps_per_epoch))
         validation_loader = accelerator.prepare(
@@ -148,6 +152,7 @@ def main() -> None:
         )
     reporter = Reporter(accelerator, recipe.output_dir, step, plan.num_steps)
     save_recipe(accelerator, recipe)
+    reporter.name_bad_images(step, source.bad_images)
     stop = StopSignal(accelerator)
 
     # The loop
@@ -192,7 +197,9 @@ def main() -> None:
             reporter.report(step, learning_rate)  # raises before a NaN can reach a checkpoint
         if validation_loader and (step % validation_steps == 0 or step == plan.num_steps):
             classifier = average.module if average else model
-            accuracy = validate(accelerator, classifier, validation_loader, purified_model if denoise else None, recipe)
+            defense = purified_model if denoise else None
+            accuracy, bad_images = validate(accelerator, classifier, validation_loader, defense, recipe)
+            reporter.name_bad_images(step, bad_images)
             reporter.write({"step": step, "validation_accuracy": accuracy})
             if accuracy > state["best_accuracy"]:
                 state = {"best_accuracy": accuracy}
@@ -222,12 +229,19 @@ def validate(
     loader: DataLoader,
     purified_model: NIMPurifiedImageClassification | None,
     recipe: FinetuneRecipe,
-) -> float:
-    """Accuracy in percent, with the same noise for an image every time; the classifier goes back to training mode."""
+) -> tuple[float, list[str]]:
+    """Accuracy in percent, with the same noise for an image every time, and the messages of the bad images of this process.
+
+    The classifier goes back to training mode. Raises `BadImageError` where bad images are not to be skipped.
+    """
     classifier.eval()
     config = (purified_model or accelerator.unwrap_model(classifier, keep_torch_compile=False)).config
     num_right = num_images = 0
+    bad_images = []
     for batch in loader:
+        bad_images += [message for message in batch["bad_images"] if message]
+        if bad_images and recipe.data.on_bad_image == "raise":
+            raise BadImageError(f"{bad_images[0]}; data.on_bad_image=skip leaves such images out")
         pixel_values = normalize(batch["images_01"], config.image_mean, config.image_std)
         if purified_model:
             seeds = image_seeds(recipe.seed, 0, batch["indices"].cpu().numpy(), "validation")
@@ -241,7 +255,9 @@ def validate(
         num_right += int((predictions == labels).sum())
         num_images += int((labels != BAD_IMAGE_LABEL).sum())
     classifier.train()
-    return 100 * num_right / num_images
+    if num_images == 0:
+        raise ValueError(f"none of the images of split {recipe.validation.split!r} can be read; check data.path")
+    return 100 * num_right / num_images, bad_images
 
 
 if __name__ == "__main__":

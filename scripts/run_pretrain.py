@@ -96,6 +96,7 @@ def main() -> None:
     loader = training_loader(accelerator, images, recipe.data, *batch_sizes, step, plan.num_steps)
     reporter = Reporter(accelerator, recipe.output_dir, step, plan.num_steps)
     save_recipe(accelerator, recipe)
+    reporter.name_bad_images(step, source.bad_images)
     stop = StopSignal(accelerator)
 
     # The loop

@@ -166,6 +166,16 @@ def test_wrong_sources_are_named(recipe, error, message):
         load_source(DataRecipe(**recipe), "train")
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_damaged_tar_is_named(streaming, tmp_path):
+    (tmp_path / "train-0.tar").write_bytes(b"not a tar" * 200)
+    recipe = DataRecipe(source="webdataset", path=str(tmp_path), streaming=streaming, num_images=8)
+    with pytest.raises(
+        ValueError, match=rf"{tmp_path}.*cannot be read" if streaming else r"cannot read .*train-0\.tar"
+    ):
+        load_source(recipe, "train")
+
+
 def test_empty_folder_is_named(tmp_path):
     (tmp_path / "train" / "class0").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="no images under"):
@@ -218,8 +228,12 @@ def test_fast_decoding_stays_close_to_bicubic(side):
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_bad_files_are_named_by_both_decoders(name):
     for decode in (decode_rgb, lambda content, image_id: decode_window(content, image_id, whole, 32)):
-        with pytest.raises(BadImageError, match=f"'{name}'"):
-            decode(BAD_FILES[name], name)
+        messages = set()
+        for _ in range(3):
+            with pytest.raises(BadImageError, match=f"'{name}'") as caught:
+                decode(BAD_FILES[name], name)
+            messages.add(str(caught.value))
+        assert len(messages) == 1  # the same at every read, so that an image is counted once
         with pytest.raises(BadImageError, match="1x1 pixels"):
             decode(encoded(Image.new("RGB", (1, 1))), name)
 
@@ -238,8 +252,11 @@ def test_bad_images_are_replaced_and_named_or_raised(tmp_path):
     assert isinstance(error, BadImageError) and "on_bad_image=skip" in str(error)
 
     processor = image_processor_for(NIMConfig(image_size=32, patch_size=8))
-    labels = [EvaluationImages(source, processor, "skip")[index]["labels"] for index in range(len(source))]
-    assert labels.count(BAD_IMAGE_LABEL) == 4
+    items = [EvaluationImages(source, processor)[index] for index in range(len(source))]
+    for item in items:
+        assert item["images_01"].shape == (3, 32, 32)
+        assert (item["labels"] == BAD_IMAGE_LABEL) == (source.image_id(item["indices"]) in item["bad_images"])
+    assert [item["labels"] for item in items].count(BAD_IMAGE_LABEL) == 4
 
 
 def test_cache_needs_one_size_and_gives_the_same_images(tmp_path):
@@ -247,6 +264,13 @@ def test_cache_needs_one_size_and_gives_the_same_images(tmp_path):
         recipe = class_folder(tmp_path)
         recipe.cache_in_memory = True
         load_source(recipe, "train")
+    for name, content in BAD_FILES.items():
+        (tmp_path / "train" / "class0" / f"{name}.jpg").write_bytes(content)
+    for image in (tmp_path / "train").rglob("00*.jpg"):
+        image.write_bytes(encoded(photo()))
+    recipe.on_bad_image = "skip"
+    source = load_source(recipe, "train")
+    assert len(source) == 8 and len(source.bad_images) == 4
     plain, cached = (load_source(DataRecipe(cache_in_memory=cached), "test") for cached in (False, True))
     assert all((np.asarray(plain[i][0]) == np.asarray(cached[i][0])).all() for i in range(5))
     assert plain.fingerprint == cached.fingerprint

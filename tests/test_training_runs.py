@@ -168,6 +168,30 @@ def test_two_hundred_bad_files_are_named_and_do_not_end_the_run(tmp_path):
     assert len(messages) == 160 and "160 bad images were skipped" in printed
 
 
+def test_bad_images_of_validation_are_named_and_counted_once(pretrained, tmp_path):
+    for number, split in enumerate(["train"] * 17 + ["test"] * 5):
+        folder = tmp_path / "images" / split / f"class{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.radial_gradient("L").resize((40, 40)).save(folder / f"{number}.png")
+    (tmp_path / "images" / "test" / "class0" / "torn.png").write_bytes(b"\x89PNG torn")
+    (tmp_path / "images" / "test" / "class1" / "empty.png").write_bytes(b"")
+    recipe = FINETUNE | {"init": str(pretrained), "validation": {"split": "test", "every_epochs": 1}}
+    recipe["data"] = {"source": "folder", "path": str(tmp_path / "images"), "num_workers": 1}
+    recipe["optimization"] = FINETUNE["optimization"] | {"steps": 4}
+
+    printed = run("run_finetune", recipe, tmp_path / "run", exit_code=2)
+    assert re.search(r"error: cannot read image 'class0/torn.png'.*data.on_bad_image=skip", printed)
+    assert "Traceback" not in printed
+    for _ in range(2):  # what was named before a run is resumed is not named again
+        skipping = ("data.on_bad_image=skip", "checkpoints.every_steps=1")
+        printed = run("run_finetune", recipe, tmp_path / "run", *skipping)
+        found = records(tmp_path / "run")
+        names = [re.search(r"class\d/\w+.png", record["bad_image"])[0] for record in found if "bad_image" in record]
+        assert sorted(names) == ["class0/torn.png", "class1/empty.png"]
+        assert len([record for record in found if "validation_accuracy" in record]) == 4
+        assert "2 bad images were skipped" in printed
+
+
 def test_finetuning_validates_keeps_the_best_and_composes_the_purified_model(pretrained, tmp_path):
     recipe = FINETUNE | {"init": str(pretrained), "validation": {"split": "validation", "every_epochs": 0.05}}
     recipe["data"] = {"source": "digits", "validation_fraction": 0.1}
@@ -211,6 +235,8 @@ def test_compiled_model_is_saved_under_its_own_names(tmp_path):
     [
         (["init=outputs/no/such/model"], "no model directory 'outputs/no/such/model'"),
         (["sigma=-3"], "sigma must be >= 0"),
+        (["logging.trackers=[wandb]"], "logging.trackers names wandb, not installed: pip install wandb"),
+        (["validation.every_epochs=0"], "validation.every_epochs must be above 0, got 0.0"),
         (["data.source=folder", "data.path=nowhere"], "no folder 'nowhere/train'"),
         (["optimisation.steps=3"], "unknown recipe key 'optimisation' (did you mean 'optimization'?)"),
         (["optimization.batch_size=4000"], "one step takes 4000 images and the training split has 1437"),

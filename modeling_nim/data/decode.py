@@ -10,7 +10,7 @@ import warnings
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 # Fewer pixels than this on a side hold nothing to reconstruct or to recognise (tracking pixels, broken downloads).
@@ -34,7 +34,9 @@ def decode_rgb(encoded: bytes, image_id: str) -> Image.Image:
             image = Image.open(io.BytesIO(encoded))
             image = ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # Pillow's decoders raise whatever the file makes them trip over
-        what = "empty file" if not encoded else f"{type(error).__name__}: {error}"
+        what = f"{type(error).__name__}: {error}"
+        if isinstance(error, UnidentifiedImageError):  # its own message holds an address, another one at every read
+            what = "not an image" if encoded else "empty file"
         raise BadImageError(f"cannot read image {image_id!r} ({len(encoded)} bytes): {what}") from None
     _check_size(image.height, image.width, image_id)
     return image

@@ -24,11 +24,14 @@ def evaluation_batch(source: ImageSource, indices: Sequence[int], processor) -> 
 
 
 class EvaluationImages(Dataset):
-    """Items of `images_01` (3, H, W), `labels` and `indices`; a bad image that may be skipped is black and has the label
-    `BAD_IMAGE_LABEL`."""
+    """Items of `images_01` (3, H, W), `labels`, `indices` and `bad_images`.
 
-    def __init__(self, source: ImageSource, processor, on_bad_image: str = "raise"):
-        self.source, self.processor, self.on_bad_image = source, processor, on_bad_image
+    The last is "" or says why an image cannot be read; such an image is black and has the label `BAD_IMAGE_LABEL`. Raised
+    in a loader's worker, the error would come as a page of traceback.
+    """
+
+    def __init__(self, source: ImageSource, processor):
+        self.source, self.processor = source, processor
 
     def __len__(self):
         return len(self.source)
@@ -36,13 +39,12 @@ class EvaluationImages(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
             image, label = self.source[index]
-        except BadImageError:
-            if self.on_bad_image == "raise":
-                raise
-            side = max((self.processor.crop_size or self.processor.size)["height"], 1)
-            return {"images_01": torch.zeros(3, side, side), "labels": BAD_IMAGE_LABEL, "indices": index}
+        except BadImageError as error:
+            side = (self.processor.crop_size or self.processor.size)["height"]
+            item = {"images_01": torch.zeros(3, side, side), "labels": BAD_IMAGE_LABEL}
+            return item | {"indices": index, "bad_images": str(error)}
         images_01 = self.processor(images=image, do_normalize=False, return_tensors="pt")["pixel_values"][0]
-        return {"images_01": images_01.float(), "labels": label, "indices": index}
+        return {"images_01": images_01.float(), "labels": label, "indices": index, "bad_images": ""}
 
 
 def evaluation_loader(images: EvaluationImages, batch_size: int, num_workers: int) -> DataLoader:

@@ -5,7 +5,8 @@ import hashlib
 import io
 import itertools
 import os
-from collections.abc import Iterator
+import tarfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,10 +69,12 @@ class ImageSource:
 
     `source[i]` is `(PIL.Image in RGB, int label)` and raises `BadImageError` for an image that cannot be read;
     `image_id(i)` names the image; `class_names` are the labels' names in order; `fingerprint` says which data this is.
-    `classes_are_counted` where the labels have no names: there are classes up to the highest label, and may be more.
+    `bad_images` are the messages of images that opening the source left out. `classes_are_counted` where the labels have no
+    names: there are classes up to the highest label, and may be more.
     """
 
     class_names: list[str]
+    bad_images: Sequence[str] = ()
     classes_are_counted: bool = False
     fingerprint: str
 
@@ -285,19 +288,20 @@ class TarSource(ImageSource):
     classes_are_counted = True
 
     def __init__(self, path: str, split: str):
-        import tarfile
-
         self.shards = shard_files(path, split, ".tar")
         self.keys, shards, offsets, sizes, labels = [], [], [], [], []
         for number, shard in enumerate(self.shards):
             images, classes = {}, {}
-            with tarfile.open(shard, "r:") as tar:
-                for member in tar:
-                    key, _, suffix = member.name.partition(".")
-                    if f".{suffix.lower()}" in IMAGE_SUFFIXES:
-                        images[key] = (member.offset_data, member.size)
-                    elif suffix == "cls":
-                        classes[key] = int(tar.extractfile(member).read())
+            try:
+                with tarfile.open(shard, "r:") as tar:
+                    for member in tar:
+                        key, _, suffix = member.name.partition(".")
+                        if f".{suffix.lower()}" in IMAGE_SUFFIXES:
+                            images[key] = (member.offset_data, member.size)
+                        elif suffix == "cls":
+                            classes[key] = int(tar.extractfile(member).read())
+            except (tarfile.TarError, ValueError) as error:
+                raise ValueError(f"cannot read {shard!r} ({error}); it must be a tar of KEY.jpg + KEY.cls") from None
             for key, (offset, size) in images.items():
                 if key not in classes:
                     raise ValueError(f"sample {key!r} of {shard!r} has no label; expected {key}.cls beside the image")
@@ -328,6 +332,8 @@ class TarSource(ImageSource):
 class StreamSource:
     """The training split as a stream of `(encoded bytes, label, image id)`; it has a length but no random access."""
 
+    bad_images: Sequence[str] = ()
+
     def __init__(self, recipe: DataRecipe):
         import datasets
 
@@ -341,7 +347,10 @@ class StreamSource:
             else:
                 suffix = ".parquet" if recipe.source == "parquet" else ".tar"
                 builder, files = recipe.source, {"data_files": {split: shard_files(recipe.path, split, suffix)}}
-            rows = datasets.load_dataset(builder, split=split, streaming=True, **files)
+            try:
+                rows = datasets.load_dataset(builder, split=split, streaming=True, **files)
+            except tarfile.TarError as error:
+                raise ValueError(f"a tar of split {split!r} in {recipe.path!r} cannot be read ({error})") from None
         if recipe.source == "webdataset":
             columns = rows.column_names or []
             self.image_column = next((name for name in columns if f".{name}" in IMAGE_SUFFIXES), "jpg")
@@ -405,7 +414,7 @@ class CachedSource(ImageSource):
     """A small source decoded once: `pixels` (N, H, W, 3) uint8 and `labels` (N,)."""
 
     def __init__(self, source: ImageSource, on_bad_image: str = "raise"):
-        self.bad_images: list[str] = []
+        self.bad_images = []
         pixels, labels, kept = [], [], []
         for index in range(len(source)):
             try:

@@ -20,11 +20,14 @@ class NonFiniteLossError(ValueError):
     """The loss became NaN or infinite."""
 
 
-def resume_log(path: str, step: int) -> None:
-    """Cut the log back to what stood in it at `step`, so that it tells one history: that of the weights."""
+def resume_log(path: str, step: int) -> list[dict[str, Any]]:
+    """Cut the log back to what stood in it at `step`, so that it tells one history: that of the weights.
+
+    Returns the records that are left.
+    """
+    kept: list[dict[str, Any]] = []
     if not os.path.exists(path):
-        return
-    kept = []
+        return kept
     with open(path, encoding="utf-8") as file:
         for line in file:
             try:
@@ -32,10 +35,11 @@ def resume_log(path: str, step: int) -> None:
             except json.JSONDecodeError:  # the line that a killed run was writing
                 continue
             if record["step"] <= step:
-                kept.append(line)
+                kept.append(record)
     with open(f"{path}.incomplete", "w", encoding="utf-8") as file:
-        file.writelines(kept)
+        file.writelines(json.dumps(record) + "\n" for record in kept)
     os.replace(f"{path}.incomplete", path)
+    return kept
 
 
 def append_log(path: str, record: dict[str, Any]) -> None:
@@ -53,9 +57,11 @@ class Reporter:
     def __init__(self, accelerator: Accelerator, output_dir: str, step: int, num_steps: int):
         self.accelerator = accelerator
         self.log_path = os.path.join(output_dir, "log.jsonl")
+        self.seen_bad_images: set[str] = set()
         if accelerator.is_main_process:
             os.makedirs(output_dir, exist_ok=True)
-            resume_log(self.log_path, step)
+            records = resume_log(self.log_path, step)
+            self.seen_bad_images |= {record["bad_image"] for record in records if "bad_image" in record}
         # a terminal shows a moving line; a log file gets a line now and then
         self.bar = tqdm(
             total=num_steps,
@@ -65,7 +71,6 @@ class Reporter:
             disable=not accelerator.is_main_process,
         )
         self.bad_images: list[str] = []
-        self.seen_bad_images: set[str] = set()
         self.step_started: float | None = None
         self.step_ended = 0.0
         self._start_window()
@@ -127,12 +132,16 @@ class Reporter:
         self.bar.set_postfix(
             loss=f"{sum(losses) / len(losses):.4f}", images_per_s=f"{self.num_images / elapsed_s:.0f}", refresh=False
         )
-        for message in gather_object(self.bad_images):
-            if message not in self.seen_bad_images:  # named once, not in every epoch
-                self.seen_bad_images.add(message)
-                self.write({"step": step, "bad_image": message, "num_bad_images": len(self.seen_bad_images)})
+        self.name_bad_images(step, self.bad_images)
         self.bad_images = []
         self._start_window()
+
+    def name_bad_images(self, step: int, messages: list[str]) -> None:
+        """Write and count the images that were skipped, each of them once in a run. Every process must call it."""
+        for message in gather_object(messages):
+            if message not in self.seen_bad_images:
+                self.seen_bad_images.add(message)
+                self.write({"step": step, "bad_image": message, "num_bad_images": len(self.seen_bad_images)})
 
     def write(self, record: dict[str, Any]) -> None:
         """Add a record with a `step` to the log, its numbers to the trackers too."""
