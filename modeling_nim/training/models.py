@@ -156,7 +156,7 @@ def load_config(path: str) -> PreTrainedConfig:
         if not os.path.exists(os.path.join(path, "config.json")):
             raise FileNotFoundError(f"{path!r} holds no model (no config.json); is its training finished?")
         return AutoConfig.from_pretrained(path)
-    if path.count("/") != 1 or path.startswith((".", "/", "~")) or os.path.isdir(path.split("/")[0]):
+    if path.count("/") != 1 or path.startswith((".", "/", "~", "outputs/")) or os.path.isdir(path.split("/")[0]):
         raise FileNotFoundError(f"there is no model directory {path!r}; scripts/run_pretrain.py makes one")
     try:
         return AutoConfig.from_pretrained(path)
