@@ -4,7 +4,7 @@
     python scripts/make_readme.py --check    # writes nothing; exit code 1 if a table differs
 
 `results/digits/summary.json` is `outputs/demo/summary.json` of `make demo`; `attack_paper.json` and `attack_standard.json`
-are the summaries of the recipes of those names, on the same images.
+are the summaries of the recipes of those names, on the same images; `certified.json` is what run_certify.py writes.
 """
 
 import argparse
@@ -121,6 +121,23 @@ def standard_table(paper: dict[str, Any], standard: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def certified_table(certified: dict[str, Any]) -> str:
+    """Certified accuracy against the L2 radius, a row for each sigma."""
+    rows = certified["rows"]
+    radii = sorted({row["radius_l2"] for row in rows})
+    lines = [f"| sigma | {' | '.join(f'{radius:g}' for radius in radii)} |", "|---" * (len(radii) + 1) + "|"]
+    for sigma in sorted({row["sigma"] for row in rows}):
+        found = {row["radius_l2"]: row for row in rows if row["sigma"] == sigma}
+        accuracies = [f"{found[radius]['certified_accuracy']:.0f}" for radius in radii]
+        lines.append(f"| {sigma:g} | {' | '.join(accuracies)} |")
+    lines.append("")
+    lines.append(
+        f"Certified accuracy in percent at an L2 radius ([0, 1] pixels) on {rows[0]['num_images']} test digits. A radius that "
+        "1,000 draws cannot reach counts as zero."
+    )
+    return "\n".join(lines)
+
+
 def _interval(row: dict[str, Any], shown: bool) -> str:
     return f" [{row['ci95'][0]:.1f}, {row['ci95'][1]:.1f}]" if shown else ""
 
@@ -134,6 +151,7 @@ def filled(readme: str) -> str:
     read = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in DIGITS.glob("*.json")}
     tables = {
         "demo": lambda: demo_table(read["summary"]),
+        "certified": lambda: certified_table(read["certified"]),
         "standard": lambda: standard_table(read["attack_paper"], read["attack_standard"]),
     }
     return MARKED.sub(lambda match: f"{match[1]}{tables[match['name']]()}\n{match[3]}", readme)
