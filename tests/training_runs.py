@@ -110,6 +110,7 @@ def _interrupt(moment: str, number: int, signal_number: int, num_processes: int)
 
 def _child(script: str, arguments: list[str], num_processes: int, log: str, interruption: tuple | None) -> None:
     os.setsid()  # so that the run and the processes that it forks are killed as one
+    multiprocessing.set_start_method("fork", force=True)  # for loaders' workers, as in a launched run
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
