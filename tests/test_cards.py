@@ -150,7 +150,9 @@ def test_the_table_has_every_row_with_its_interval(purified_card):
 
 def test_limits_name_the_strongest_attack_an_attacker_can_make(purified_card):
     limits = purified_card.split("## Limits")[1]
-    strongest = "(pgd (10 steps, alpha 2), white box) leaves 76.4 [71.4, 80.4]%, from 95.6% without an attack on the same 360"
+    strongest = (
+        "(pgd (10 steps, alpha 2), white box) leaves 76.4 [71.4, 80.4]%, from 95.6% without an attack on the same 360"
+    )
     assert strongest in limits
     assert "by-passes the noise" in limits  # patch_statistics="input"
     assert "11.1" not in limits.split("## How to reproduce")[0]
