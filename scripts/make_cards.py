@@ -10,6 +10,7 @@ A `card.yaml` says where the facts are, and nothing else; paths are relative to 
     title: NIM-MAE on handwritten digits
     data: {name: scikit-learn digits, id: null, split: test}     # id: of the data set on the Hub, if it is there
     recipes: {Pre-training: scripts/recipes/digits/pretrain_nim_mae.yaml, Attack: scripts/recipes/digits/attack.yaml}
+                                                                 # each with its overrides behind it, as on the command line
     summaries: [results/digits/summary.json]                     # of run_attack.py
     model: purified                                              # what the summaries call this model
     sigma: 75                                                    # optional: which of its sigmas, where there are several
@@ -23,6 +24,7 @@ import argparse
 import difflib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -113,13 +115,13 @@ def render_card(name: str, facts: CardFacts, config: PreTrainedConfig, root: Pat
         title=facts.title,
         kind=kind,
         summary_line=_summary_line(kind, config, facts),
-        sources=[*facts.recipes.values(), *facts.summaries, *facts.certificates],
+        sources=[*(_recipe_path(line) for line in facts.recipes.values()), *facts.summaries, *facts.certificates],
         facts=_config_facts(kind, config),
         usage=_usage(kind, name, config),
         stages=[
-            {"title": title, "recipe": path, "settings": _stage_settings(root / path)}
-            for title, path in facts.recipes.items()
-            if not Path(path).name.startswith(("attack", "certify"))
+            {"title": title, "recipe": line, "settings": _stage_settings(root, line)}
+            for title, line in facts.recipes.items()
+            if not Path(_recipe_path(line)).name.startswith(("attack", "certify"))
         ],
         rows=[_table_row(row, facts) for row in rows],
         rows_have_draws=any(row.get("num_draws", 1) > 1 for row in rows),
@@ -151,11 +153,11 @@ def card_of_directory(
     recipes = {}
     for folder in (directory, directory.parent):  # a composed model lies inside the classifier's directory
         if (folder / "recipe.yaml").is_file():
-            recipes["Training"] = str(folder / "recipe.yaml")
+            recipes["Training"] = shlex.quote(str(folder / "recipe.yaml"))
             break
     data = DataFacts("unknown data")
     if recipes:
-        section = yaml.safe_load(Path(recipes["Training"]).read_text(encoding="utf-8")).get("data", {})
+        section = yaml.safe_load(Path(_recipe_path(recipes["Training"])).read_text(encoding="utf-8")).get("data", {})
         path = section.get("path")
         data = DataFacts(
             name=section.get("source", "unknown data") if path is None else Path(path).name,
@@ -299,11 +301,20 @@ def _usage(kind: str, name: str, config: PreTrainedConfig) -> str:
 # ---- what the recipes and records say --------------------------------------------------------------------------------
 
 
-def _stage_settings(path: Path) -> list[tuple[str, str]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no recipe {path}: correct the path in card.yaml")
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    kept = [(key, value) for key, value in _leaves(recipe) if not key.startswith(EXECUTION_KEYS)]
+def _recipe_path(line: str) -> str:
+    """The recipe of a line such as `recipe.yaml section.key=value ...`."""
+    return shlex.split(line)[0]
+
+
+def _stage_settings(root: Path, line: str) -> list[tuple[str, str]]:
+    name, *overrides = shlex.split(line)
+    if not (root / name).is_file():
+        raise FileNotFoundError(f"there is no recipe {root / name}: correct the path in card.yaml")
+    settings = dict(_leaves(yaml.safe_load((root / name).read_text(encoding="utf-8"))))
+    for override in overrides:
+        key, _, value = override.partition("=")
+        settings[key] = yaml.safe_load(value)
+    kept = [(key, value) for key, value in settings.items() if not key.startswith(EXECUTION_KEYS)]
     return [(key, f"`{value}`") for key, value in kept if value is not None and value != []]
 
 
@@ -395,7 +406,12 @@ def _paper_rows(systems: Sequence[str]) -> list[dict[str, str]]:
 
 def _provenance(provenance: dict[str, Any]) -> list[str]:
     """Where the numbers come from, one line per fact; nested values as compact JSON."""
-    hashes = [f"{name} `{model['hash'][:12]}`" for name, model in provenance.get("models", {}).items()]
+    # run_attack.py writes a hash and more for each model, run_certify.py the hash alone
+    models = {
+        name: model["hash"] if isinstance(model, dict) else model
+        for name, model in provenance.get("models", {}).items()
+    }
+    hashes = [f"{name} `{hash[:12]}`" for name, hash in models.items()]
     lines = [f"weights (start of their SHA-256): {', '.join(hashes)}"] if hashes else []
     for key, label in (
         ("data", "data"),
@@ -457,11 +473,12 @@ def _limits(kind: str, config: PreTrainedConfig, own: list[dict[str, Any]]) -> l
 
 def _reproduce(facts: CardFacts, root: Path) -> str:
     commands = []
-    for path in facts.recipes.values():
+    for line in facts.recipes.values():
+        path = _recipe_path(line)
         script = next((script for stem, script in SCRIPTS.items() if Path(path).name.startswith(stem)), None)
         if script is None:  # a recipe that a run saved: the section that only one of the two scripts has tells which
             script = "run_finetune.py" if "init" in yaml.safe_load((root / path).read_text()) else "run_pretrain.py"
-        commands.append(f"accelerate launch scripts/{script} {path}")
+        commands.append(f"accelerate launch scripts/{script} {line}")
     if not commands:
         return "# no recipe is recorded with this model"
     return "\n".join(commands)
