@@ -143,8 +143,9 @@ def certified_table(certified: dict[str, Any], attacked: dict[str, Any], demo: d
 
     lines.append("")
     lines.append(
-        f"Under white-box PGD-10 at 8/255, sigma 75, all test digits, this purifier leaves "
-        f"{white_box(attacked, 'noisy patch statistics')}, the paper's with statistics of the input {white_box(demo, 'purified')}."
+        "Under white-box PGD-10 at 8/255, sigma 75, all test digits, this purifier leaves "
+        f"{white_box(attacked, 'noisy patch statistics')}, the paper's with statistics of the input "
+        f"{white_box(demo, 'purified')}."
     )
     return "\n".join(lines)
 
