@@ -29,9 +29,10 @@ from modeling_nim import (
     normalize,
 )
 from modeling_nim.cli import run_main
+from modeling_nim.files import write_json
 from modeling_nim.robustness.attacks import Oracle, cross_entropy_loss, pgd, target_forward
 from modeling_nim.robustness.targets import PurifiedTarget, project_patches_by_matrix_product
-from modeling_nim.training.bench import machine, seconds_of, write_json
+from modeling_nim.training.bench import machine, seconds_of
 
 
 DIGITS = {
@@ -161,7 +162,7 @@ def main() -> None:
         "rounds": arguments.rounds,
         "machine": machine(device),
     }
-    write_json(result, arguments.output)
+    write_json(arguments.output, result)
     for name, value in result.items():
         if "_speedup_" in name:
             print(f"{name}: {value['median']:.2f}x, batch of {number}")

@@ -22,7 +22,8 @@ from modeling_nim.configuration_nim import IMAGENET_MEAN, IMAGENET_STD
 from modeling_nim.data import DataRecipe, ImageSource, load_source
 from modeling_nim.data.loader import NUM_CROP_ATTEMPTS, CropRecipe, TrainingImages, random_window, to_images_01
 from modeling_nim.data.randomness import image_seeds, uniforms
-from modeling_nim.training.bench import machine, write_json
+from modeling_nim.files import write_json
+from modeling_nim.training.bench import machine
 
 
 def plain_pipeline(source, indices, numbers, crop: CropRecipe, size: int) -> torch.Tensor:
@@ -115,7 +116,7 @@ def main() -> None:
         "rounds": arguments.rounds,
         **machine(torch.device("cpu")),
     }
-    write_json(result, arguments.output)
+    write_json(arguments.output, result)
     print(f"plain {rates['plain']:.0f}, ours {rates['ours']:.0f} images/s on one core: {arguments.output}")
 
 

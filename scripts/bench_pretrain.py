@@ -21,13 +21,13 @@ from modeling_nim import MODEL_SIZES, normalize
 from modeling_nim.cli import run_main
 from modeling_nim.data.loader import to_images_01
 from modeling_nim.data.randomness import generators, image_seeds
+from modeling_nim.files import write_json
 from modeling_nim.training.bench import (
     count_flops,
     machine,
     matrix_peak_flops,
     seconds_of,
     synchronize,
-    write_json,
 )
 from modeling_nim.training.models import ModelRecipe, draw_degradation, make_pretraining_model
 from modeling_nim.training.optimization import OptimizationRecipe, make_optimizer, set_learning_rate
@@ -158,7 +158,7 @@ def main() -> None:
         ],
         **machine(device),
     }
-    write_json(result, arguments.output)
+    write_json(arguments.output, result)
     print(
         f"{rates['ours']:.1f} images/s, {result['ratio_to_bare_forward_backward']:.3f} of the bare model, "
         f"{result['ratio_to_eager_float32']:.2f}x eager float32, {100 * result['share_of_matrix_peak']:.1f}% of the "

@@ -19,7 +19,8 @@ from modeling_nim import (
     NIMPurifiedImageClassification,
 )
 from modeling_nim.cli import run_main
-from modeling_nim.training.bench import count_flops, machine, seconds_of, write_json
+from modeling_nim.files import write_json
+from modeling_nim.training.bench import count_flops, machine, seconds_of
 
 
 def main() -> None:
@@ -87,7 +88,7 @@ def main() -> None:
         "latency_ratio_over_flops_ratio": latency_ratio / flops_ratio,
         **machine(device),
     }
-    write_json(result, arguments.output)
+    write_json(arguments.output, result)
     print(f"purified costs {latency_ratio:.2f}x the bare latency, {flops_ratio:.2f}x its FLOPs: {arguments.output}")
 
 

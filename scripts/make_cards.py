@@ -23,7 +23,6 @@ The model's own facts come from `config.json` beside `card.yaml`.
 import argparse
 import difflib
 import json
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -39,6 +38,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 import modeling_nim
 from modeling_nim.cli import run_main
+from modeling_nim.files import write_text
 from modeling_nim.training.recipe import load_recipe
 
 
@@ -532,13 +532,6 @@ def _metric_arguments(row: dict[str, Any]) -> dict[str, Any]:
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file in one piece or not at all."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def main() -> int:

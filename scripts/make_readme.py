@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_nim.cli import run_main
+from modeling_nim.files import write_text
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -178,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     new = filled(old)
     if arguments.check:
         return int(new != old)
-    path.write_text(new, encoding="utf-8")
+    write_text(path, new)
     return 0
 
 

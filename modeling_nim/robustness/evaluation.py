@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..training.bench import synchronize
 from . import attacks
 from .attacks import LOSSES, Oracle, choose_worst, decide, target_forward
 from .draws import ATTACK, EVALUATE, SELECT, isolated_global_rng, stream_seed
@@ -261,17 +262,12 @@ def measure_speed(target: Target, images_01: torch.Tensor, micro_batch: int) -> 
         oracle = Oracle(forward, labels, ids, seed=0, micro_batch=rows)
         for kind, question in (("forward", oracle.loss), ("gradient", oracle.gradient)):
             question(images)  # the first call warms up
-            _synchronise(images.device)
+            synchronize(images.device)
             start = time.perf_counter()
             question(images)
-            _synchronise(images.device)
+            synchronize(images.device)
             speed[f"{name}_{kind}"] = (time.perf_counter() - start) / rows
     return speed
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def seconds_per_image(

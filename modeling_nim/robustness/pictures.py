@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from modeling_nim.data import ImageSource, evaluation_batch
+from modeling_nim.files import write_json
 from modeling_nim.noise_nim import normalize
 
 from .draws import PICTURE, RECONSTRUCTION, stream_seed
 from .evaluation import attack_images
 from .protocols import Job, PicturesRecipe, ReconstructionRecipe, is_among
-from .records import write_json
 from .targets import PurifiedTarget, Target
 
 

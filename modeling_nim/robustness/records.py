@@ -21,6 +21,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
+from ..files import write_bytes, write_json
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -102,10 +104,10 @@ class RecordFile:
         while done < len(self.units) and kept + self.units[done].num_lines <= len(lines):
             kept += self.units[done].num_lines
             done += 1
-        _rewrite(self.path, b"".join(lines[:kept]))
+        write_bytes(self.path, b"".join(lines[:kept]))
         if self.clock_path.exists():
             clock = self.clock_path.read_bytes().splitlines(keepends=True)
-            _rewrite(self.clock_path, b"".join(line for line in clock[:done] if line.endswith(b"\n")))
+            write_bytes(self.clock_path, b"".join(line for line in clock[:done] if line.endswith(b"\n")))
         return done
 
     def rounds(self) -> Iterator[Unit | None]:
@@ -169,19 +171,3 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
         )
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
-
-
-def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Writes a file in one piece or not at all."""
-    _rewrite(Path(path), (json.dumps(content, indent=2) + "\n").encode())
-
-
-def write_jsonl(path: str | os.PathLike, records: Sequence[dict[str, Any]]) -> None:
-    """Writes a JSON-lines file in one piece or not at all."""
-    _rewrite(Path(path), "".join(json.dumps(record) + "\n" for record in records).encode())
-
-
-def _rewrite(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

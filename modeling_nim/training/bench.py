@@ -1,7 +1,5 @@
-"""What the benchmark scripts share: the machine, its matrix peak, counted FLOPs, and their JSON."""
+"""What the benchmark scripts share: the machine, its matrix peak, counted FLOPs."""
 
-import json
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -76,12 +74,3 @@ def matrix_peak_flops(device: torch.device, dtype: torch.dtype) -> dict[str, Any
         rates[size] = 2 * size**3 / min(seconds_of(lambda a=a, b=b: a @ b, device, 10))
     best = max(rates, key=rates.get)
     return {"flops_per_s": rates[best], "dtype": str(dtype).removeprefix("torch."), "matrix_size": best}
-
-
-def write_json(result: dict[str, Any], path: str) -> None:
-    """Write the result, complete or not at all."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(f"{path}.incomplete", "w", encoding="utf-8") as file:
-        json.dump(result, file, indent=2)
-        file.write("\n")
-    os.replace(f"{path}.incomplete", path)

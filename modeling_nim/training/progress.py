@@ -15,6 +15,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
+from ..files import write_jsonl
+
 
 class NonFiniteLossError(ValueError):
     """The loss became NaN or infinite."""
@@ -36,9 +38,7 @@ def resume_log(path: str, step: int) -> list[dict[str, Any]]:
                 continue
             if record["step"] <= step:
                 kept.append(record)
-    with open(f"{path}.incomplete", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in kept)
-    os.replace(f"{path}.incomplete", path)
+    write_jsonl(path, kept)
     return kept
 
 
