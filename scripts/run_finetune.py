@@ -116,9 +116,13 @@ def main() -> None:
     set_seed(recipe.seed)
     model = load_classifier(recipe.init, source.class_names, recipe.drop_path_rate)
     classifier_config = model.config
+    if recipe.execution.attn_implementation:
+        model.set_attn_implementation(recipe.execution.attn_implementation)
     purified_model = None
     if recipe.purifier:
         purifier = load_purifier(recipe.purifier).to(accelerator.device)
+        if recipe.execution.attn_implementation:
+            purifier.set_attn_implementation(recipe.execution.attn_implementation)
         if recipe.execution.compile:
             purifier.compile()
         purified_model = NIMPurifiedImageClassification.from_parts(purifier, model, recipe.defense_sigma)

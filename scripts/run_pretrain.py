@@ -78,6 +78,8 @@ def main() -> None:
     set_seed(recipe.seed)
     model = make_pretraining_model(recipe.model)
     config = model.config
+    if recipe.execution.attn_implementation:
+        model.set_attn_implementation(recipe.execution.attn_implementation)
     if recipe.execution.gradient_checkpointing:
         enable_activation_checkpointing(model)
     source = load_source(recipe.data, "train")

@@ -61,7 +61,7 @@ class ModelRecipe:
 def make_config(recipe: ModelRecipe) -> PreTrainedConfig:
     """The model's configuration; ValueError for a field that it does not have or a value that it refuses."""
     config_class, _, degradation = ARCHITECTURES[recipe.architecture]
-    known = {entry.name for entry in dataclasses.fields(config_class)} | {"attn_implementation"}
+    known = {entry.name for entry in dataclasses.fields(config_class)}
     for name in recipe.config:
         if name not in known or name == "degradation":
             raise ValueError(

@@ -15,11 +15,15 @@ from .recipe import recipe_to_dict
 
 @dataclass
 class ExecutionRecipe:
-    """The `execution` section: precision and memory against speed; the machines themselves are `accelerate launch`'s."""
+    """The `execution` section: precision and memory against speed; the machines themselves are `accelerate launch`'s.
+
+    `attn_implementation` None is transformers' choice, SDPA; "eager" trains small models twice as fast in bf16 on a CPU.
+    """
 
     mixed_precision: Literal["no", "bf16"] = "no"
     compile: bool = False
     gradient_checkpointing: bool = False
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None
 
 
 @dataclass
@@ -93,6 +97,7 @@ _NEUTRAL_KEYS = (
     "data.on_bad_image",
     "execution.compile",
     "execution.gradient_checkpointing",
+    "execution.attn_implementation",
     "optimization.batch_size",
     "optimization.per_device_batch_size",
     "optimization.gradient_accumulation_steps",
