@@ -1,18 +1,24 @@
-"""Prints the paper's tables with our numbers beside the paper's, and the commands that make the rows that are missing.
+"""Prints the paper's tables with our numbers beside the paper's, and prints or runs what makes the rows that are missing.
 
     python scripts/paper_tables.py
     python scripts/paper_tables.py --dataset cifar10
+    python scripts/paper_tables.py --dataset cifar10 --run --jobs 2
 
 `scripts/recipes/DATASET/paper.yaml` says what makes each row; `results/DATASET/*.json` are the summaries of attacks that
-were run. A step whose output is there already is left out of the commands. The paper's numbers are ImageNet's, whatever the
-data set of ours.
+were run. A step whose output is there already is left out; one that was broken off resumes. The paper's numbers are
+ImageNet's, whatever the data set of ours.
 """
 
 import argparse
 import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,14 +93,13 @@ def read_tables(dataset: str) -> tuple[list[Table], dict[str, dict[str, Any]]]:
         known = sorted(file.parent.name for file in recipes.glob("*/paper.yaml"))
         raise FileNotFoundError(f"no tables for --dataset {dataset!r}; there are tables for {', '.join(known)}")
     content = yaml.safe_load(path.read_text())
-    # Another data set takes the rows of its `base`, less those it leaves out, with columns and recipes of its own.
-    base = yaml.safe_load((recipes / content["base"] / "paper.yaml").read_text()) if "base" in content else content
+    content = _with_base(content, recipes)
     left_out, renamed = content.get("leave_out", {}), content.get("recipes", {})
     tables = []
-    for table in base["tables"]:
+    for table in content["tables"]:
         rows = []
         for row in table["rows"]:
-            fields = {"dataset": dataset} | table.get("defaults", {}) | row
+            fields = {"dataset": dataset} | content.get("defaults", {}) | table.get("defaults", {}) | row
             if any(fields.get(name) in values for name, values in left_out.items()):
                 continue
             fields |= {f"{name}_slug": slug(value) for name, value in fields.items() if isinstance(value, str)}
@@ -103,7 +108,7 @@ def read_tables(dataset: str) -> tuple[list[Table], dict[str, dict[str, Any]]]:
                 Row(
                     labels=tuple("-" if fields[name] is None else str(fields[name]) for name in table["label"]),
                     paper=fields["paper"],
-                    steps=tuple(_fill(step, fields, renamed) for step in fields["steps"]),
+                    steps=tuple(_fill(content["steps"][name], fields, renamed) for name in fields["steps"]),
                     result=fields["result"],
                     model=fields["model"],
                     sigma=fields["sigma"],
@@ -111,8 +116,31 @@ def read_tables(dataset: str) -> tuple[list[Table], dict[str, dict[str, Any]]]:
             )
         if rows:
             tables.append(Table(table["title"], tuple(table["label"]), tuple(table["columns"]), tuple(rows)))
-    columns = base["columns"] | content["columns"]
-    return tables, {name: {"paper_title": base["columns"][name]["title"]} | column for name, column in columns.items()}
+    return tables, content["columns"]
+
+
+def _with_base(content: dict[str, Any], recipes: Path) -> dict[str, Any]:
+    """What `content` says over what its `base`, the file of another data set, says.
+
+    Columns, steps, recipes and defaults are added or replaced by name; of a table of the same title the rows are added.
+    """
+    if "base" not in content:
+        columns = {name: {"paper_title": column["title"]} | column for name, column in content["columns"].items()}
+        return content | {"columns": columns}
+    base = _with_base(yaml.safe_load((recipes / content["base"] / "paper.yaml").read_text()), recipes)
+    columns = dict(base["columns"])
+    for name, column in content.get("columns", {}).items():
+        paper_title = base["columns"].get(name, {"paper_title": None})["paper_title"]
+        columns[name] = {"paper_title": paper_title} | column
+    added = {table["title"]: table for table in content.get("tables", [])}
+    tables = []
+    for table in base["tables"]:
+        more = added.pop(table["title"], {})
+        defaults = table.get("defaults", {}) | more.get("defaults", {})
+        tables.append(table | more | {"defaults": defaults, "rows": table["rows"] + more.get("rows", [])})
+    names = ("defaults", "steps", "recipes", "leave_out")
+    merged = {name: base.get(name, {}) | content.get(name, {}) for name in names}
+    return base | merged | {"columns": columns, "tables": [*tables, *added.values()]}
 
 
 def _fill(step: dict[str, Any], fields: dict[str, Any], renamed: dict[str, str]) -> Step:
@@ -140,6 +168,13 @@ def our_row(summary: dict[str, Any] | None, row: Row, column: dict[str, Any]) ->
     return None
 
 
+def find_cells(table: Table, row: Row, columns: dict[str, dict[str, Any]], results: Path) -> list[dict[str, Any] | None]:
+    """The summary's row of each column, None where ours is missing."""
+    file = results / f"{row.result}.json"
+    summary = json.loads(file.read_text()) if file.is_file() else None
+    return [our_row(summary, row, columns[name]) for name in table.columns]
+
+
 def print_table(table: Table, columns: dict[str, dict[str, Any]], results: Path) -> list[Row]:
     """Prints one table in Markdown; returns the rows that lack a number."""
     print(f"\n### {table.title}\n")
@@ -152,12 +187,11 @@ def print_table(table: Table, columns: dict[str, dict[str, Any]], results: Path)
     missing, sources = [], {}
     for row in table.rows:
         file = results / f"{row.result}.json"
-        summary = json.loads(file.read_text()) if file.is_file() else None
         cells = list(row.labels)
-        found = [our_row(summary, row, columns[name]) for name in table.columns]
+        found = find_cells(table, row, columns, results)
         for name, ours in zip(table.columns, found, strict=True):
             if name in in_paper:
-                cells.append(f"{row.paper[name]:.{ACCURACY_DECIMALS}f}")
+                cells.append(f"{row.paper[name]:.{ACCURACY_DECIMALS}f}" if name in row.paper else "–")
             if ours is None:
                 cells.append("missing")
                 continue
@@ -173,12 +207,60 @@ def print_table(table: Table, columns: dict[str, dict[str, Any]], results: Path)
     return missing
 
 
+def run_steps(rows: Sequence[Row], results: Path, jobs: int) -> None:
+    """Run what `rows` lack, `jobs` commands at a time with their share of the cores, and copy the summaries to `results`.
+
+    Raises RuntimeError naming the first command that failed; what does not depend on it is run nevertheless.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    earlier: dict[str, list[Step]] = {}  # what a step waits for
+    todo: dict[str, Step] = {}
+    for depth in range(max(len(row.steps) for row in rows)):  # all that is pre-trained first: nobody waits for long
+        for row in rows:
+            if depth < len(row.steps):
+                todo.setdefault(row.steps[depth].output_dir, row.steps[depth])
+                earlier.setdefault(row.steps[depth].output_dir, list(row.steps[:depth]))
+    running: dict[str, Future] = {}
+
+    def run(step: Step) -> None:
+        for needed in earlier[step.output_dir]:
+            running[needed.output_dir].result()
+        if step.is_done:
+            return
+        print(step.command, flush=True)
+        words = shlex.split(step.command)
+        if words[0] == "accelerate":  # of this Python, whatever PATH says
+            words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *words[1:]]
+        else:
+            words[0] = sys.executable
+        if subprocess.run(words, cwd=ROOT, env=environment).returncode:
+            raise RuntimeError(f"failed: {step.command}")
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for output_dir, step in todo.items():
+            running[output_dir] = pool.submit(run, step)
+    for step in running.values():
+        step.result()
+    results.mkdir(parents=True, exist_ok=True)
+    for row in rows:
+        shutil.copyfile(ROOT / row.steps[-1].output_dir / "summary.json", results / f"{row.result}.json")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="imagenet", help="a folder of scripts/recipes with a paper.yaml")
-    dataset = parser.parse_args(argv).dataset
+    parser.add_argument("--run", action="store_true", help="run the commands for what is missing, then print the tables")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="with --run: so many commands at a time")
+    arguments = parser.parse_args(argv)
+    if arguments.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {arguments.jobs}")
+    dataset = arguments.dataset
     tables, columns = read_tables(dataset)
     results = ROOT / "results" / dataset
+    if arguments.run:
+        lacking = [row for table in tables for row in table.rows if None in find_cells(table, row, columns, results)]
+        if lacking:
+            run_steps(lacking, results, arguments.jobs)
     missing = {table.title: print_table(table, columns, results) for table in tables}
     if not any(missing.values()):
         return
