@@ -1,6 +1,7 @@
 """Measure what the defence costs: latency of the purified classifier over the bare one, beside the ratio of their FLOPs.
 
     python scripts/bench_purify.py [--size base --image_size 224 --batch_size 64] [--output outputs/bench/purify.json]
+    python scripts/bench_purify.py --model model_cards/nim-digits --num_votes 8
 
 Without options: ViT-B/16 at 224 in bf16 where there is a GPU, "tiny" at 64 pixels in float32 on a CPU.
 """
@@ -33,6 +34,8 @@ def main() -> None:
     parser.add_argument(
         "--image_size", type=int, default=224 if on_gpu else 64, help=f"side of the images in pixels {default}"
     )
+    parser.add_argument("--model", help="a purified model to measure, instead of --size and --image_size")
+    parser.add_argument("--num_votes", type=int, default=1, help=f"noise draws for one answer {default}")
     parser.add_argument("--batch_size", type=int, default=64 if on_gpu else 8, help=f"images per call {default}")
     parser.add_argument("--rounds", type=int, default=30, help=f"calls of each model {default}")
     parser.add_argument(
@@ -43,18 +46,29 @@ def main() -> None:
 
     torch.manual_seed(0)
     device = torch.device("cuda" if on_gpu else "cpu")
-    size = MODEL_SIZES[arguments.size] | {"image_size": arguments.image_size}
-    purifier = NIMForPreTraining(NIMConfig(**size))
-    encoder = {name: value for name, value in size.items() if not name.startswith("decoder_")}
-    classifier = NIMForImageClassification(NIMClassifierConfig(**encoder, num_labels=1000))
-    purified = NIMPurifiedImageClassification.from_parts(purifier, classifier, sigma=30).eval().to(device)
-    pixel_values = torch.randn(arguments.batch_size, 3, arguments.image_size, arguments.image_size, device=device)
-    epsilon = torch.randn_like(pixel_values)
+    if arguments.model:
+        purified = NIMPurifiedImageClassification.from_pretrained(arguments.model)
+        name = f"{arguments.model}, purifier and classifier"
+    else:
+        size = MODEL_SIZES[arguments.size] | {"image_size": arguments.image_size}
+        purifier = NIMForPreTraining(NIMConfig(**size))
+        encoder = {name: value for name, value in size.items() if not name.startswith("decoder_")}
+        classifier = NIMForImageClassification(NIMClassifierConfig(**encoder, num_labels=1000))
+        purified = NIMPurifiedImageClassification.from_parts(purifier, classifier, sigma=30)
+        name = f"NIM-MAE {arguments.size}/{size['patch_size']} purifier and classifier"
+    purified = purified.eval().to(device)
+    classifier, image_size = purified.classifier, purified.config.purifier_config.image_size
+    pixel_values = torch.randn(arguments.batch_size, 3, image_size, image_size, device=device)
+    votes = (arguments.num_votes,) if arguments.num_votes > 1 else ()
+    epsilon_shape = (arguments.batch_size, *votes, *pixel_values.shape[1:])
+    epsilon = torch.randn(epsilon_shape, device=device)
 
     with torch.inference_mode():
         flops = {
             "bare": count_flops(lambda: classifier(pixel_values[:1])),
-            "purified": count_flops(lambda: purified(pixel_values[:1], epsilon=epsilon[:1])),
+            "purified": count_flops(
+                lambda: purified(pixel_values[:1], epsilon=epsilon[:1], num_votes=arguments.num_votes)
+            ),
         }
     bare_call, purified_call = classifier, purified
     if arguments.compile:
@@ -66,7 +80,8 @@ def main() -> None:
 
     def defended() -> None:  # the noise is drawn in every call, as it is in use
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-            purified_call(pixel_values, epsilon=torch.randn_like(pixel_values))
+            epsilon = torch.randn(epsilon_shape, device=device)
+            purified_call(pixel_values, epsilon=epsilon, num_votes=arguments.num_votes)
 
     seconds: dict[str, list[float]] = {"bare": [], "purified": []}
     seconds_of(bare, device, 3), seconds_of(defended, device, 3)
@@ -76,12 +91,14 @@ def main() -> None:
     latency_ms = {name: 1000 * float(np.median(values)) for name, values in seconds.items()}
     latency_ratio, flops_ratio = latency_ms["purified"] / latency_ms["bare"], flops["purified"] / flops["bare"]
     result = {
-        "model": f"NIM-MAE {arguments.size}/{size['patch_size']} purifier and classifier",
-        "image_size": arguments.image_size,
+        "model": name,
+        "image_size": image_size,
         "batch_size": arguments.batch_size,
+        "num_votes": arguments.num_votes,
         "precision": "bf16" if on_gpu else "float32",
         "compiled": arguments.compile,
         "latency_ms": latency_ms,
+        "ms_per_image": {name: value / arguments.batch_size for name, value in latency_ms.items()},
         "latency_ratio": latency_ratio,
         "flops_per_image": flops,
         "flops_ratio": flops_ratio,

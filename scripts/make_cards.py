@@ -414,6 +414,7 @@ def _provenance(provenance: dict[str, Any]) -> list[str]:
     hashes = [f"{name} `{hash[:12]}`" for name, hash in models.items()]
     lines = [f"weights (start of their SHA-256): {', '.join(hashes)}"] if hashes else []
     for key, label in (
+        ("records_sha256", "records (SHA-256)"),
         ("data", "data"),
         ("protocol", "protocol"),
         ("seeds", "seeds"),

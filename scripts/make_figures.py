@@ -6,6 +6,7 @@
 | file | figure of the paper | from |
 |---|---|---|
 | panel.png | 4: clean and attacked images through the defence | pictures.json, pictures.safetensors |
+| defenses.png | 4: several defences beside one another | pictures.json, pictures.safetensors |
 | degradations.png | 8: noisy and reconstructed images | pictures.json, pictures.safetensors |
 | models.png | 5: clean and robust accuracy of several models | summary.json |
 | sigma_curve.png | 7: accuracy against the sigma of the defence | records.jsonl |
@@ -33,6 +34,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directories", nargs="+", help="output_dir of run_attack.py or run_certify.py")
     parser.add_argument("--output_dir", help="where the pictures go; default: the first directory")
+    parser.add_argument(
+        "--sigma",
+        type=float,
+        default=75,
+        help="which sigma of a defence panel and defenses show: the nearest; default 75",
+    )
     parser.add_argument("--dpi", type=int, default=140, help="dots per inch; default 140")
     arguments = parser.parse_args(argv)
     directories = [Path(directory) for directory in arguments.directories]
@@ -58,8 +65,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for directory in directories:
         if (directory / "pictures.json").exists() and "panel" not in drawn:
             content, pixels = load_pictures(directory)
-            drawn["panel"] = figures.panel(content["entries"], pixels, content["class_names"])
-            if any("purified" in entry["stages"] for entry in content["entries"]):
+            shown = (content["entries"], pixels, content["class_names"], arguments.sigma)
+            drawn["panel"] = figures.panel(*shown)
+            defended = {entry["model"] for entry in content["entries"] if "purified" in entry["stages"]}
+            if len(defended) > 1:
+                drawn["defenses"] = figures.defenses(*shown)
+            if defended:
                 drawn["degradations"] = figures.degradations(content["entries"], pixels)
     for name, file, draw in (
         ("reconstruction", "reconstruction.jsonl", figures.reconstruction_loss),

@@ -168,7 +168,9 @@ def our_row(summary: dict[str, Any] | None, row: Row, column: dict[str, Any]) ->
     return None
 
 
-def find_cells(table: Table, row: Row, columns: dict[str, dict[str, Any]], results: Path) -> list[dict[str, Any] | None]:
+def find_cells(
+    table: Table, row: Row, columns: dict[str, dict[str, Any]], results: Path
+) -> list[dict[str, Any] | None]:
     """The summary's row of each column, None where ours is missing."""
     file = results / f"{row.result}.json"
     summary = json.loads(file.read_text()) if file.is_file() else None
@@ -249,7 +251,9 @@ def run_steps(rows: Sequence[Row], results: Path, jobs: int) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="imagenet", help="a folder of scripts/recipes with a paper.yaml")
-    parser.add_argument("--run", action="store_true", help="run the commands for what is missing, then print the tables")
+    parser.add_argument(
+        "--run", action="store_true", help="run the commands for what is missing, then print the tables"
+    )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="with --run: so many commands at a time")
     arguments = parser.parse_args(argv)
     if arguments.jobs < 1:

@@ -136,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             summary = summarise(read_jsonl(records.path), attacks, models, seconds)
             provenance = settings | {"attacks": [asdict(attack) for attack in plan.attacks], "seeds": plan.seeds}
             provenance |= {"num_draws": plan.num_draws, "num_processes": accelerator.num_processes}
+            provenance |= {"records_sha256": records.sha256}
             write_json(output_dir / "summary.json", summary | {"provenance": provenance})
             print(table(summary["rows"]))
             for alarm in summary["alarms"]:

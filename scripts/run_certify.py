@@ -68,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if accelerator.is_main_process:
         rows = certified_rows(read_jsonl(records.path), recipe.radii)
-        write_json(Path(recipe.output_dir) / "certified.json", {"rows": rows, "provenance": settings})
+        provenance = settings | {"records_sha256": records.sha256}
+        write_json(Path(recipe.output_dir) / "certified.json", {"rows": rows, "provenance": provenance})
         print("model  sigma  L2 radius  certified accuracy  95% interval  abstained  images")
         for row in rows:
             low, high = row["ci95"]

@@ -1,5 +1,6 @@
 """run_attack.py, run_certify.py and make_figures.py as users run them, on tiny models."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -121,6 +122,7 @@ def test_records_summary_and_figures(recipe, tmp_path, capsys):
     assert provenance["data"].startswith("digits:test:360") and len(provenance["models"]["original"]["hash"]) == 64
     assert provenance["versions"]["torch"] == torch.__version__.split("+")[0] or provenance["versions"]["torch"]
     assert provenance["device"] == "cpu" and provenance["seeds"] == [0, 1]
+    assert provenance["records_sha256"] == hashlib.sha256((tmp_path / "out/records.jsonl").read_bytes()).hexdigest()
     assert {alarm["alarm"] for alarm in summary["alarms"]} >= {"too_few_images"} or not summary["comparisons"]
 
     reference.load_script("make_figures").main([str(tmp_path / "out")])

@@ -193,30 +193,83 @@ def reconstruction_loss(records: Sequence[Entry], with_deviation: bool | None = 
     return figure
 
 
-def panel(entries: Sequence[Entry], pixels: dict[str, torch.Tensor], class_names: Sequence[str]) -> Figure:
+def panel(
+    entries: Sequence[Entry], pixels: dict[str, torch.Tensor], class_names: Sequence[str], sigma: float = 75
+) -> Figure:
     """For some images: what undefended and defended models see and say, clean and attacked (Figure 4, and the demo's).
 
-    Of a defence with several sigmas the one nearest to 75 is shown. Captions give prediction and confidence of the shown
-    draw, green where right and red where wrong.
+    Of a defence with several sigmas the one nearest to `sigma` is shown. Captions give prediction and confidence of the
+    shown draw, green where right and red where wrong.
     """
     undefended = list(dict.fromkeys(entry["model"] for entry in entries if "purified" not in entry["stages"]))
     defended = list(dict.fromkeys(_key(entry) for entry in entries if "purified" in entry["stages"]))
-    defended.sort(key=lambda key: abs(_sigma_mean(key[1]) - 75))
+    defended.sort(key=lambda key: abs(_sigma_mean(key[1]) - sigma))
     columns: list[tuple[str, tuple, str, str, bool]] = []  # title, model, kind, stage, whether the answer is shown
     for model in undefended[:1]:
         columns.append((f"clean image\n{model}", (model, None), "clean", "input", True))
         columns.append((f"attacked image\n{model}", (model, None), "attacked", "input", True))
-    for model, sigma in defended[:1]:
-        where = "" if sigma == "mask" else f"\nsigma {_number(sigma)}"
+    for model, own in defended[:1]:
+        where = "" if own == "mask" else f"\nsigma {_number(own)}"
         columns += [
-            (f"clean, degraded{where}", (model, sigma), "clean", "degraded", False),
-            (f"clean, purified\n{model}", (model, sigma), "clean", "purified", True),
-            (f"attacked image\n{model}", (model, sigma), "attacked", "input", False),
-            (f"attacked, degraded{where}", (model, sigma), "attacked", "degraded", False),
-            (f"attacked, purified\n{model}", (model, sigma), "attacked", "purified", True),
+            (f"clean, degraded{where}", (model, own), "clean", "degraded", False),
+            (f"clean, purified\n{model}", (model, own), "clean", "purified", True),
+            (f"attacked image\n{model}", (model, own), "attacked", "input", False),
+            (f"attacked, degraded{where}", (model, own), "attacked", "degraded", False),
+            (f"attacked, purified\n{model}", (model, own), "attacked", "purified", True),
         ]
     if not columns:
         raise ValueError("the pictures hold no model to show")
+    figure = _grid(entries, pixels, class_names, columns)
+    attacked = next(entry for entry in entries if entry["kind"] == "attacked")
+    title = f"{_attack_line(attacked)}, each model attacked on its own"
+    title += "; images that are wrong already stay as they are"
+    figure.suptitle(title + "\nunder the images: prediction (confidence), one noise draw", fontsize=9)
+    return figure
+
+
+def defenses(
+    entries: Sequence[Entry], pixels: dict[str, torch.Tensor], class_names: Sequence[str], sigma: float = 30
+) -> Figure:
+    """Figure 4: for each defence, the degraded image and the reconstructions of the clean and of the attacked image.
+
+    Each defence met an attack of its own. Of one with several sigmas the nearest to `sigma` is shown. Captions as in
+    `panel`.
+    """
+    chosen: dict[str, tuple] = {}
+    for key in sorted(
+        {_key(entry) for entry in entries if "purified" in entry["stages"]},
+        key=lambda key: abs(_sigma_mean(key[1]) - sigma),
+    ):
+        chosen.setdefault(key[0], key)
+    if not chosen:
+        raise ValueError("the pictures hold no defended model")
+    names = [name for name in dict.fromkeys(entry["model"] for entry in entries) if name in chosen]
+    columns = [("clean image", chosen[names[0]], "clean", "input", False)]
+    for name in names:
+        how = "masked" if chosen[name][1] == "mask" else f"sigma {_number(chosen[name][1])}"
+        columns += [
+            (f"{name}\nattacked, {how}", chosen[name], "attacked", "degraded", False),
+            (f"{name}\nclean, reconstructed", chosen[name], "clean", "purified", True),
+            (f"{name}\nattacked, reconstructed", chosen[name], "attacked", "purified", True),
+        ]
+    figure = _grid(entries, pixels, class_names, columns)
+    attacked = next(entry for entry in entries if entry["kind"] == "attacked")
+    title = f"{_attack_line(attacked)}, each defence attacked on its own"
+    figure.suptitle(title + "\nunder the images: prediction (confidence), one draw", fontsize=9)
+    return figure
+
+
+def _attack_line(entry: Entry) -> str:
+    return f"{entry['attack']}, white-box, epsilon {entry['epsilon_255']:g}/255"
+
+
+def _grid(
+    entries: Sequence[Entry],
+    pixels: dict[str, torch.Tensor],
+    class_names: Sequence[str],
+    columns: Sequence[tuple[str, tuple, str, str, bool]],
+) -> Figure:
+    """A row per image; columns are title, model, kind, stage, and whether the model's answer stands under the image."""
     lookup = {(_key(entry), entry["kind"], entry["image_id"]): entry for entry in entries}
     image_ids = list(dict.fromkeys(entry["image_id"] for entry in entries))
     figure = Figure(figsize=(1.65 * len(columns), 1.9 * len(image_ids) + 0.9), layout="constrained")
@@ -236,10 +289,6 @@ def panel(entries: Sequence[Entry], pixels: dict[str, torch.Tensor], class_names
                 axes.set_xlabel(
                     text, fontsize=9, color="#007a33" if right else "#c00000", weight="normal" if right else "bold"
                 )
-    attacked = next(entry for entry in entries if entry["kind"] == "attacked")
-    title = f"{attacked['attack']}, white-box, epsilon {attacked['epsilon_255']:g}/255, each model attacked on its own"
-    title += "; images that are wrong already stay as they are"
-    figure.suptitle(title + "\nunder the images: prediction (confidence), one noise draw", fontsize=9)
     return figure
 
 

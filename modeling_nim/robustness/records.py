@@ -8,6 +8,7 @@ in one go or in many.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -139,6 +140,12 @@ class RecordFile:
     def read(self) -> list[dict[str, Any]]:
         """The records so far, in every process."""
         return self._on_main(lambda: read_jsonl(self.path) if self.path.exists() else [])
+
+    @property
+    def sha256(self) -> str:
+        """Of the records' bytes: what ties a summary to the lines that it was made of."""
+        with open(self.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def seconds_per_job(self, num_jobs: int) -> list[float]:
         """Process-seconds that each job took."""
