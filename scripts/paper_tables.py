@@ -212,7 +212,7 @@ def print_table(table: Table, columns: dict[str, dict[str, Any]], results: Path)
 def run_steps(rows: Sequence[Row], results: Path, jobs: int) -> None:
     """Run what `rows` lack, `jobs` commands at a time with their share of the cores, and copy the summaries to `results`.
 
-    Raises RuntimeError naming the first command that failed; what does not depend on it is run nevertheless.
+    Raises ChildProcessError naming the first command that failed; what does not depend on it is run nevertheless.
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     earlier: dict[str, list[Step]] = {}  # what a step waits for
@@ -236,16 +236,17 @@ def run_steps(rows: Sequence[Row], results: Path, jobs: int) -> None:
         else:
             words[0] = sys.executable
         if subprocess.run(words, cwd=ROOT, env=environment).returncode:
-            raise RuntimeError(f"failed: {step.command}")
+            raise ChildProcessError(f"failed: {step.command}")
 
     with ThreadPoolExecutor(jobs) as pool:
         for output_dir, step in todo.items():
             running[output_dir] = pool.submit(run, step)
-    for step in running.values():
-        step.result()
     results.mkdir(parents=True, exist_ok=True)
     for row in rows:
-        shutil.copyfile(ROOT / row.steps[-1].output_dir / "summary.json", results / f"{row.result}.json")
+        if row.steps[-1].is_done:
+            shutil.copyfile(ROOT / row.steps[-1].output_dir / "summary.json", results / f"{row.result}.json")
+    for step in running.values():
+        step.result()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

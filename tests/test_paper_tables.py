@@ -1,6 +1,7 @@
 """The recipes of whole data sets and the map from the paper's rows to them, read by the loaders that will run them."""
 
 import json
+import os
 import shlex
 
 import pytest
@@ -13,7 +14,8 @@ from modeling_nim.training.recipe import load_recipe
 
 paper_tables = reference.load_script("paper_tables")
 every_dataset = pytest.mark.parametrize(
-    ("dataset", "data_path", "width"), [("imagenet", "ILSVRC/imagenet-1k", 768), ("cifar10", "data/cifar10", 192)]
+    ("dataset", "data_path", "width"),
+    [("imagenet", "ILSVRC/imagenet-1k", 768), ("cifar10", "data/cifar10", 128), ("cifar10_gpu", "data/cifar10", 192)],
 )
 
 
@@ -54,7 +56,7 @@ def test_every_recipe_is_read_by_the_script_that_runs_it(dataset, data_path, wid
         assert recipe.output_dir == step.output_dir
         assert recipe.data.path == data_path
         if step.script == "run_pretrain.py":
-            assert make_config(recipe.model).hidden_size == width
+            assert (make_config(recipe.model).hidden_size == width) is not step.output_dir.endswith("mae_larger")
         used.add(step.recipe)
     folder = paper_tables.ROOT / "scripts" / "recipes" / dataset
     files = {f"scripts/recipes/{dataset}/{file.name}" for file in folder.glob("*.yaml")}
@@ -180,6 +182,95 @@ def test_another_data_set_stands_beside_the_papers_numbers_under_its_own_titles(
     lines = capsys.readouterr().out.splitlines()
     assert "| system | defence | Clean paper | Clean ours | WB paper | WB 4/255 ours |" in lines[3]
     assert not any("MAE, released" in line or "gamma(40, 2)" in line or "NeurIPS" in line for line in lines)
+    # rows of its own stand in the paper's table, and tables of its own behind them
+    larger = next(line for line in lines if line.startswith("| MAE | mask 0.75, larger MAE | 65.62 |"))
+    assert lines.index(larger) < next(number for number, line in enumerate(lines) if line.startswith("### Table 2"))
+    assert any(line.startswith("### Votes") for line in lines)
+    assert "| NIM-MAE, classifier of original images | sigma 30 | – |" in "\n".join(lines)
+
+
+def test_a_full_size_differs_from_its_base_in_recipes_and_budget_alone():
+    small, _ = paper_tables.read_tables("cifar10")
+    full, _ = paper_tables.read_tables("cifar10_gpu")
+    assert [[row.labels for row in table.rows] for table in small] == [
+        [row.labels for row in table.rows] for table in full
+    ]
+    epochs = {
+        dataset: {
+            (step.script, override)
+            for step in steps_of(dataset).values()
+            for override in step.overrides
+            if "epochs" in override
+        }
+        for dataset in ("cifar10", "cifar10_gpu")
+    }
+    assert epochs["cifar10_gpu"] == {
+        ("run_pretrain.py", "optimization.epochs=200"),
+        ("run_finetune.py", "optimization.epochs=100"),
+    }
+    assert len(epochs["cifar10"]) == 4  # the ablations are shorter
+
+
+@pytest.fixture
+def tiny_world(tmp_path, monkeypatch):
+    """A data set of two rows that share a step, whose scripts write what the real ones write."""
+    monkeypatch.setattr(paper_tables, "ROOT", tmp_path)
+    folder = tmp_path / "scripts" / "recipes" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "paper.yaml").write_text("""
+columns: {clean: {title: Clean, attack: none}}
+steps:
+  pretrain: {script: run_pretrain.py, recipe: p.yaml, output_dir: "outputs/pretrain", overrides: {}}
+  attack: {script: run_attack.py, recipe: a.yaml, output_dir: "outputs/{result}", overrides: {init: outputs/pretrain}}
+tables:
+  - title: T
+    columns: [clean]
+    label: [system]
+    defaults: {steps: [pretrain, attack], model: m, sigma: null, paper: {}}
+    rows: [{system: A, result: a}, {system: B, result: b}]
+""")
+    script = """
+import json, os, pathlib, sys
+output_dir = pathlib.Path(next(word for word in sys.argv if word.startswith("output_dir=")).partition("=")[2])
+for word in sys.argv:
+    if word.startswith("init="):
+        assert (pathlib.Path(word.partition("=")[2]) / "config.json").exists()
+with open("ran", "a") as file:
+    file.write(f"{output_dir} {os.environ['OMP_NUM_THREADS']}\\n")
+if output_dir.name == os.environ.get("FAILS"):
+    sys.exit(1)
+output_dir.mkdir(parents=True)
+row = {"model": "m", "sigma": None, "attack": "none", "accuracy": 50.0, "ci95": [40.0, 60.0], "num_images": 9}
+(output_dir / "config.json").write_text("{}")
+(output_dir / "summary.json").write_text(json.dumps({"rows": [row]}))
+"""
+    for name in ("run_pretrain.py", "run_attack.py"):
+        (tmp_path / "scripts" / name).write_text(script)
+    return tmp_path
+
+
+def test_run_makes_what_is_missing_each_step_once(tiny_world, capsys):
+    paper_tables.main(["--dataset", "tiny", "--run", "--jobs", "2"])
+    ran = (tiny_world / "ran").read_text().splitlines()
+    threads = max(1, os.cpu_count() // 2)
+    assert ran[0] == f"outputs/pretrain {threads}"
+    assert sorted(ran) == [f"outputs/a {threads}", f"outputs/b {threads}", f"outputs/pretrain {threads}"]
+    assert "| A | 50.00 [40.0, 60.0] |" in capsys.readouterr().out
+    paper_tables.main(["--dataset", "tiny", "--run"])
+    assert (tiny_world / "ran").read_text().splitlines() == ran
+
+
+def test_run_names_the_command_that_failed_and_goes_on_from_there(tiny_world, monkeypatch):
+    monkeypatch.setenv("FAILS", "b")
+    with pytest.raises(ChildProcessError, match=r"failed: accelerate launch scripts/run_attack\.py .*output_dir=outputs/b"):
+        paper_tables.main(["--dataset", "tiny", "--run"])
+    assert [file.name for file in (tiny_world / "results/tiny").iterdir()] == ["a.json"]
+    monkeypatch.delenv("FAILS")
+    paper_tables.main(["--dataset", "tiny", "--run"])
+    ran = [line.split()[0] for line in (tiny_world / "ran").read_text().splitlines()]
+    assert ran == ["outputs/pretrain", "outputs/a", "outputs/b", "outputs/b"]
+    with pytest.raises(SystemExit):
+        paper_tables.main(["--dataset", "tiny", "--run", "--jobs", "0"])
 
 
 def test_an_unknown_data_set_is_refused_with_the_known_ones():
