@@ -5,6 +5,7 @@
 
 `results/digits/summary.json` is `outputs/demo/summary.json` of `make demo`; `attack_paper.json` and `attack_standard.json`
 are the summaries of the recipes of those names, on the same images; `certified.json` is what run_certify.py writes.
+`results/cifar10/` is what `python scripts/paper_tables.py --dataset cifar10 --run` and the recipes beside it leave.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from modeling_nim.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = ROOT / "results" / "digits"
+CIFAR10 = ROOT / "results" / "cifar10"
 MARKED = re.compile(r"(<!-- results:(?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -151,6 +153,121 @@ def certified_table(certified: dict[str, Any], attacked: dict[str, Any], demo: d
     return "\n".join(lines)
 
 
+CIFAR10_SYSTEMS = [  # name, defence, result, which of its models
+    ("MAE", "none", "mae", "undefended"),
+    ("MAE", "masks 75%, fills in", "mae", "defended"),
+    ("MAE", "a larger MAE does", "mae_larger", "defended"),
+    ("MAE", "NIM-MAE, sigma 30, never met in fine-tuning", "unseen", "defended"),
+    ("SimMIM", "none", "simmim", "undefended"),
+    ("SimMIM", "masks 60%, fills in", "simmim", "defended"),
+    ("NIM-SimMIM", "none", "nim_simmim", "undefended"),
+    ("NIM-SimMIM", "sigma 30", "nim_simmim", "defended"),
+    ("NIM-MAE, fine-tuned on original images", "none", "nim_mae_original", "undefended"),
+    ("NIM-MAE, fine-tuned on original images", "sigma 30", "nim_mae_original", "defended"),
+    ("NIM-MAE", "none", "nim_mae", "undefended"),
+    ("**NIM-MAE**", "**sigma 30**", "nim_mae", "defended"),
+]
+CIFAR10_BUDGETS = [2, 4, 8]
+
+
+def _found(summary: dict[str, Any], **wanted: Any) -> dict[str, Any]:
+    """The one row of a summary that is as `wanted`."""
+    rows = [row for row in summary["rows"] if all(row.get(key) == value for key, value in wanted.items())]
+    if len(rows) != 1:
+        raise ValueError(f"{len(rows)} rows of the summary are {wanted}, 1 is needed")
+    return rows[0]
+
+
+def _pgd(summary: dict[str, Any], model: str, epsilon_255: float, threat_model: str = "white_box") -> dict[str, Any]:
+    return _found(summary, model=model, name="pgd-10", threat_model=threat_model, epsilon_255=epsilon_255)
+
+
+def cifar10_table(read: dict[str, Any]) -> str:
+    """Table 1 on CIFAR-10 without the paper's numbers, which `paper_tables.py` prints beside ours."""
+    lines = [
+        "| Pre-trained as | Defence | Clean | White-box PGD-10, 2 / 4 / 8 of 255 | Gray-box PGD-10 | Square |",
+        "|---|---|---|---|---|---|",
+    ]
+    halves, used = [], []
+    for system, defence, result, model in CIFAR10_SYSTEMS:
+        summary = read[result]
+        rows = {"clean": [_found(summary, model=model, attack="none")]}
+        rows["white_box"] = [_pgd(summary, model, epsilon) for epsilon in CIFAR10_BUDGETS]
+        if model == "defended":
+            rows["gray_box"] = [_pgd(summary, model, epsilon, "gray_box") for epsilon in CIFAR10_BUDGETS]
+        rows["square"] = [
+            _found(summary, model=model, attack="square", epsilon_255=epsilon) for epsilon in CIFAR10_BUDGETS
+        ]
+        cells = [
+            " / ".join(f"{row['accuracy']:.1f}" for row in rows[name]) if name in rows else "–"
+            for name in ("clean", "white_box", "gray_box", "square")
+        ]
+        lines.append(f"| {system} | {defence} | {' | '.join(cells)} |")
+        used += [row for found in rows.values() for row in found]
+        halves += [(row["ci95"][1] - row["ci95"][0]) / 2 for row in used if row["attack"] != "square"]
+    squares = [row for row in used if row["attack"] == "square"]
+    widest = max((row["ci95"][1] - row["ci95"][0]) / 2 for row in squares)
+    draws = max(row["num_draws"] for row in used)
+    lines.append("")
+    lines.append(
+        f"Accuracy in percent on {used[0]['num_images']} test images, 95% intervals within +-{max(halves):.1f} points; Square "
+        f"with {squares[0]['settings']['queries']} queries on {squares[0]['num_images']} images, where they reach "
+        f"+-{widest:.0f}. Step epsilon / 4; for defended models the mean over {draws} fresh draws."
+    )
+    return "\n".join(lines)
+
+
+def cifar10_findings(read: dict[str, Any]) -> str:
+    """What else was asked of the same models, a line for each question."""
+
+    def clean(result: str, model: str) -> float:
+        return _found(read[result], model=model, attack="none")["accuracy"]
+
+    def both(result: str, model: str) -> str:
+        return f"{clean(result, model):.1f} and {_pgd(read[result], model, 4)['accuracy']:.1f}"
+
+    standard = read["standard"]
+    strong = _found(standard, model="defended", name="pgd-100 eot20 r2", threat_model="white_box")
+    known = _found(standard, model="defended", threat_model="white_box_known_draw")
+    bare = _found(standard, model="undefended", name="pgd-100 eot20 r2", threat_model="white_box")
+    large = _found(standard, model="defended", epsilon_255=128)
+    [worst] = [entry for entry in standard["worst_case"] if entry["model"] == "defended"]
+    lines = [
+        f"- **Stronger attacks**, {strong['num_images']} images, 4/255: PGD-100 with EOT-20 and 2 restarts leaves "
+        f"{strong['accuracy']:.1f}{_interval(strong, True)} (undefended {bare['accuracy']:.1f}), the best of all attacks for "
+        f"each image {worst['accuracy_majority']:.1f}, an attacker who knows the draw {known['accuracy']:.1f}, 128/255 "
+        f"{large['accuracy']:.1f}. Without an attack: {clean('standard', 'defended'):.1f}."
+    ]
+    certified = {(row["sigma"], row["radius_l2"]): row for row in read["certified"]["rows"]}
+    shown = [
+        f"sigma {sigma:g}: " + " / ".join(f"{certified[sigma, radius]['certified_accuracy']:.0f}" for radius in radii)
+        for sigma, radii in ((30, (0, 0.1, 0.25)), (75, (0, 0.25, 0.5)))
+    ]
+    lines.append(
+        f"- **Certified** (statistics of the noisy image), {read['certified']['rows'][0]['num_images']} images: {shown[0]} at "
+        f"L2 radius 0 / 0.1 / 0.25; {shown[1]} at 0 / 0.25 / 0.5."
+    )
+    lines.append(
+        f"- **Patch statistics**, sigma 30, clean and white-box at 4/255: raw pixels {both('nim_mae', 'defended')}; normalised "
+        f"patches with statistics of the input (the authors' code) {both('input_statistics', 'defended')}; of the noisy image "
+        f"{both('noisy_statistics', 'defended')}."
+    )
+    lines.append(
+        f"- **Votes** 1, 8, 32, attacked through all of them, {_pgd(read['votes'], '1 vote', 4)['num_images']} images, clean "
+        f"and white-box at 4/255: {'; '.join(both('votes', name) for name in ('1 vote', '8 votes', '32 votes'))}."
+    )
+    time = {votes: read[f"time_votes_{votes}"] for votes in (1, 8, 32)}
+    bare_ms = time[1]["ms_per_image"]["bare"]
+    lines.append(
+        f"- **Time per image** against the bare classifier ({bare_ms:.1f} ms on one core): "
+        + ", ".join(
+            f"{result['latency_ratio']:.1f}x with {votes} vote{'s'[: votes > 1]}" for votes, result in time.items()
+        )
+        + "."
+    )
+    return "\n".join(lines)
+
+
 def _interval(row: dict[str, Any], shown: bool) -> str:
     return f" [{row['ci95'][0]:.1f}, {row['ci95'][1]:.1f}]" if shown else ""
 
@@ -161,8 +278,13 @@ def _budget(row: dict[str, Any]) -> str:
 
 def filled(readme: str) -> str:
     """The README with every marked table made anew."""
-    read = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in DIGITS.glob("*.json")}
+    read, cifar10 = (
+        {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
+        for folder in (DIGITS, CIFAR10)
+    )
     tables = {
+        "cifar10": lambda: cifar10_table(cifar10),
+        "cifar10_findings": lambda: cifar10_findings(cifar10),
         "demo": lambda: demo_table(read["summary"]),
         "certified": lambda: certified_table(read["certified"], read["attack_noisy_statistics"], read["summary"]),
         "standard": lambda: standard_table(read["attack_paper"], read["attack_standard"]),

@@ -3,6 +3,7 @@
     python scripts/paper_tables.py
     python scripts/paper_tables.py --dataset cifar10
     python scripts/paper_tables.py --dataset cifar10 --run --jobs 2
+    python scripts/paper_tables.py --dataset cifar10 --output results/cifar10/tables.md
 
 `scripts/recipes/DATASET/paper.yaml` says what makes each row; `results/DATASET/*.json` are the summaries of attacks that
 were run. A step whose output is there already is left out; one that was broken off resumes. The paper's numbers are
@@ -10,6 +11,8 @@ ImageNet's, whatever the data set of ours.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import re
@@ -26,6 +29,7 @@ from typing import Any
 import yaml
 
 from modeling_nim.cli import run_main
+from modeling_nim.files import write_text
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -209,6 +213,24 @@ def print_table(table: Table, columns: dict[str, dict[str, Any]], results: Path)
     return missing
 
 
+def print_tables(tables: Sequence[Table], columns: dict[str, dict[str, Any]], results: Path) -> None:
+    """Prints all tables, then the commands for what is missing."""
+    missing = {table.title: print_table(table, columns, results) for table in tables}
+    if not any(missing.values()):
+        return
+    print("\n### Commands for what is missing, in order\n\n```bash")
+    print(f"mkdir -p {results.relative_to(ROOT)}")
+    printed = set()
+    for title, rows in missing.items():
+        for row in rows:
+            copy = f"cp {row.steps[-1].output_dir}/summary.json {results.relative_to(ROOT)}/{row.result}.json"
+            commands = [step.command for step in row.steps if not step.is_done] + [copy]
+            if new := [command for command in commands if command not in printed]:
+                print(f"# {title.partition(':')[0]}: {', '.join(row.labels)}", *new, sep="\n")
+                printed.update(new)
+    print("```")
+
+
 def run_steps(rows: Sequence[Row], results: Path, jobs: int) -> None:
     """Run what `rows` lack, `jobs` commands at a time with their share of the cores, and copy the summaries to `results`.
 
@@ -255,6 +277,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--run", action="store_true", help="run the commands for what is missing, then print the tables"
     )
+    parser.add_argument("--output", metavar="FILE", help="write the tables there instead of printing them")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="with --run: so many commands at a time")
     arguments = parser.parse_args(argv)
     if arguments.jobs < 1:
@@ -266,20 +289,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         lacking = [row for table in tables for row in table.rows if None in find_cells(table, row, columns, results)]
         if lacking:
             run_steps(lacking, results, arguments.jobs)
-    missing = {table.title: print_table(table, columns, results) for table in tables}
-    if not any(missing.values()):
-        return
-    print("\n### Commands for what is missing, in order\n\n```bash")
-    print(f"mkdir -p results/{dataset}")
-    printed = set()
-    for title, rows in missing.items():
-        for row in rows:
-            copy = f"cp {row.steps[-1].output_dir}/summary.json results/{dataset}/{row.result}.json"
-            commands = [step.command for step in row.steps if not step.is_done] + [copy]
-            if new := [command for command in commands if command not in printed]:
-                print(f"# {title.partition(':')[0]}: {', '.join(row.labels)}", *new, sep="\n")
-                printed.update(new)
-    print("```")
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        print_tables(tables, columns, results)
+    if arguments.output:
+        write_text(arguments.output, text.getvalue().lstrip("\n"))
+    else:
+        print(text.getvalue(), end="")
 
 
 if __name__ == "__main__":
