@@ -166,6 +166,7 @@ CIFAR10_SYSTEMS = [  # name, defence, result, which of its models
     ("NIM-MAE, fine-tuned on original images", "sigma 30", "nim_mae_original", "defended"),
     ("NIM-MAE", "none", "nim_mae", "undefended"),
     ("**NIM-MAE**", "**sigma 30**", "nim_mae", "defended"),
+    ("**NIM-MAE**", "**sigma 50**", "nim_mae_sigma_50", "defended"),
 ]
 CIFAR10_BUDGETS = [2, 4, 8]
 
