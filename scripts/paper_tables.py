@@ -5,19 +5,19 @@
     python scripts/paper_tables.py --dataset cifar10 --run --jobs 2
     python scripts/paper_tables.py --dataset cifar10 --output results/cifar10/tables.md
 
-`scripts/recipes/DATASET/paper.yaml` says what makes each row; `results/DATASET/*.json` are the summaries of attacks that
-were run. A step whose output is there already is left out; one that was broken off resumes. The paper's numbers are
-ImageNet's, whatever the data set of ours.
+`scripts/recipes/DATASET/paper.yaml` says what makes each row. A step whose output is there already is left out; one that was
+broken off resumes. `results/DATASET/RESULT.json` are the summaries of what was run, `records/RESULT.jsonl.gz` beside them
+the records, a line per image, that the summaries were made of. The paper's numbers are ImageNet's, whatever ours are of.
 """
 
 import argparse
 import contextlib
+import gzip
 import io
 import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -29,11 +29,19 @@ from typing import Any
 import yaml
 
 from modeling_nim.cli import run_main
-from modeling_nim.files import write_text
+from modeling_nim.files import write_bytes, write_text
 
 
 ROOT = Path(__file__).resolve().parents[1]
 ACCURACY_DECIMALS = 2  # as the paper
+# What a script leaves when it is done, and the records that this was made of.
+MADE = {
+    "run_pretrain.py": ("config.json", None),
+    "run_finetune.py": ("config.json", None),
+    "convert_checkpoint.py": ("config.json", None),
+    "run_attack.py": ("summary.json", "records.jsonl"),
+    "run_certify.py": ("certified.json", "certificates.jsonl"),
+}
 
 
 @dataclass(frozen=True)
@@ -56,8 +64,7 @@ class Step:
 
     @property
     def is_done(self) -> bool:
-        made = "summary.json" if self.script == "run_attack.py" else "config.json"
-        return (ROOT / self.output_dir / made).exists()
+        return (ROOT / self.output_dir / MADE[self.script][0]).exists()
 
 
 @dataclass(frozen=True)
@@ -106,13 +113,13 @@ def read_tables(dataset: str) -> tuple[list[Table], dict[str, dict[str, Any]]]:
             fields = {"dataset": dataset} | content.get("defaults", {}) | table.get("defaults", {}) | row
             if any(fields.get(name) in values for name, values in left_out.items()):
                 continue
-            fields |= {f"{name}_slug": slug(value) for name, value in fields.items() if isinstance(value, str)}
+            fields = _with_slugs(fields)
             fields["result"] = fields["result"].format(**fields)
             rows.append(
                 Row(
                     labels=tuple("-" if fields[name] is None else str(fields[name]) for name in table["label"]),
                     paper=fields["paper"],
-                    steps=tuple(_fill(content["steps"][name], fields, renamed) for name in fields["steps"]),
+                    steps=tuple(_fill(content["steps"], step, fields, renamed) for step in fields["steps"]),
                     result=fields["result"],
                     model=fields["model"],
                     sigma=fields["sigma"],
@@ -147,7 +154,15 @@ def _with_base(content: dict[str, Any], recipes: Path) -> dict[str, Any]:
     return base | merged | {"columns": columns, "tables": [*tables, *added.values()]}
 
 
-def _fill(step: dict[str, Any], fields: dict[str, Any], renamed: dict[str, str]) -> Step:
+def _with_slugs(fields: dict[str, Any]) -> dict[str, Any]:
+    return fields | {f"{name}_slug": slug(value) for name, value in fields.items() if isinstance(value, str)}
+
+
+def _fill(steps: dict[str, Any], name: str | dict[str, Any], fields: dict[str, Any], renamed: dict[str, str]) -> Step:
+    """The step called `name`, filled in; as `{step: name, field: value, ...}` with fields that are not the row's."""
+    if isinstance(name, dict):
+        fields, name = _with_slugs(fields | name), name["step"]
+    step = steps[name]
     recipe = step.get("recipe")
     if recipe is None:
         options = [f"--{name}" if value is True else f"--{name} {value}" for name, value in step["options"].items()]
@@ -181,8 +196,13 @@ def find_cells(
     return [our_row(summary, row, columns[name]) for name in table.columns]
 
 
-def print_table(table: Table, columns: dict[str, dict[str, Any]], results: Path) -> list[Row]:
-    """Prints one table in Markdown; returns the rows that lack a number."""
+def is_missing(table: Table, row: Row, columns: dict[str, dict[str, Any]], results: Path) -> bool:
+    """Whether the row lacks a number, or its whole result."""
+    return None in find_cells(table, row, columns, results) or not (results / f"{row.result}.json").is_file()
+
+
+def print_table(table: Table, columns: dict[str, dict[str, Any]], results: Path) -> None:
+    """Prints one table in Markdown."""
     print(f"\n### {table.title}\n")
     in_paper = {name for row in table.rows for name in row.paper}
     header = [name.replace("_", " ") for name in table.label_names]
@@ -190,7 +210,7 @@ def print_table(table: Table, columns: dict[str, dict[str, Any]], results: Path)
         title, paper_title = columns[name]["title"], columns[name]["paper_title"]
         header += [f"{paper_title} paper", f"{title} ours"] if name in in_paper else [title]
     print(f"| {' | '.join(header)} |\n|{'|'.join(' --- ' for _ in header)}|")
-    missing, sources = [], {}
+    sources = {}
     for row in table.rows:
         file = results / f"{row.result}.json"
         cells = list(row.labels)
@@ -205,34 +225,33 @@ def print_table(table: Table, columns: dict[str, dict[str, Any]], results: Path)
             cells.append(f"{ours['accuracy']:.{ACCURACY_DECIMALS}f} [{low:.1f}, {high:.1f}]")
             sources.setdefault(file, set()).add(ours["num_images"])
         print(f"| {' | '.join(cells)} |")
-        if None in found:
-            missing.append(row)
     for file, images in sources.items():
         counts = " and ".join(f"{number:,}" for number in sorted(images, reverse=True))
         print(f"\nOurs, 95% intervals in brackets: {file.relative_to(ROOT)}, {counts} images.")
-    return missing
 
 
 def print_tables(tables: Sequence[Table], columns: dict[str, dict[str, Any]], results: Path) -> None:
     """Prints all tables, then the commands for what is missing."""
-    missing = {table.title: print_table(table, columns, results) for table in tables}
-    if not any(missing.values()):
+    for table in tables:
+        if table.columns:
+            print_table(table, columns, results)
+    missing = [(table, row) for table in tables for row in table.rows if is_missing(table, row, columns, results)]
+    if not missing:
         return
     print("\n### Commands for what is missing, in order\n\n```bash")
-    print(f"mkdir -p {results.relative_to(ROOT)}")
     printed = set()
-    for title, rows in missing.items():
-        for row in rows:
-            copy = f"cp {row.steps[-1].output_dir}/summary.json {results.relative_to(ROOT)}/{row.result}.json"
-            commands = [step.command for step in row.steps if not step.is_done] + [copy]
-            if new := [command for command in commands if command not in printed]:
-                print(f"# {title.partition(':')[0]}: {', '.join(row.labels)}", *new, sep="\n")
-                printed.update(new)
-    print("```")
+    for position, (table, row) in enumerate(missing):
+        # an attack that several rows share comes behind what the last of them needs
+        later = {step.command for _, other in missing[position + 1 :] for step in other.steps[-1:]}
+        commands = [step.command for step in row.steps if not step.is_done and step.command not in later]
+        if new := [command for command in commands if command not in printed]:
+            print(f"# {table.title.partition(':')[0]}: {', '.join(row.labels)}", *new, sep="\n")
+            printed.update(new)
+    print(f"python scripts/paper_tables.py --dataset {results.name} --collect\n```")
 
 
 def run_steps(rows: Sequence[Row], results: Path, jobs: int) -> None:
-    """Run what `rows` lack, `jobs` commands at a time with their share of the cores, and copy the summaries to `results`.
+    """Run what `rows` lack, `jobs` commands at a time with their share of the cores, and collect the results.
 
     Raises ChildProcessError naming the first command that failed; what does not depend on it is run nevertheless.
     """
@@ -243,7 +262,7 @@ def run_steps(rows: Sequence[Row], results: Path, jobs: int) -> None:
         for row in rows:
             if depth < len(row.steps):
                 todo.setdefault(row.steps[depth].output_dir, row.steps[depth])
-                earlier.setdefault(row.steps[depth].output_dir, list(row.steps[:depth]))
+                earlier.setdefault(row.steps[depth].output_dir, []).extend(row.steps[:depth])
     running: dict[str, Future] = {}
 
     def run(step: Step) -> None:
@@ -263,12 +282,18 @@ def run_steps(rows: Sequence[Row], results: Path, jobs: int) -> None:
     with ThreadPoolExecutor(jobs) as pool:
         for output_dir, step in todo.items():
             running[output_dir] = pool.submit(run, step)
-    results.mkdir(parents=True, exist_ok=True)
-    for row in rows:
-        if row.steps[-1].is_done:
-            shutil.copyfile(ROOT / row.steps[-1].output_dir / "summary.json", results / f"{row.result}.json")
+    collect(rows, results)
     for step in running.values():
         step.result()
+
+
+def collect(rows: Sequence[Row], results: Path) -> None:
+    """Copies the summaries of what is done to `results`, and the records, compressed, to `results/records`."""
+    for step, result in {(row.steps[-1], row.result) for row in rows if row.steps[-1].is_done}:
+        summary, records = (ROOT / step.output_dir / name for name in MADE[step.script])
+        write_bytes(results / f"{result}.json", summary.read_bytes())
+        # no time in the header: the same records give the same file
+        write_bytes(results / "records" / f"{result}.jsonl.gz", gzip.compress(records.read_bytes(), mtime=0))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -277,6 +302,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--run", action="store_true", help="run the commands for what is missing, then print the tables"
     )
+    parser.add_argument("--collect", action="store_true", help="copy the results of what was run into results/DATASET")
     parser.add_argument("--output", metavar="FILE", help="write the tables there instead of printing them")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="with --run: so many commands at a time")
     arguments = parser.parse_args(argv)
@@ -286,9 +312,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     tables, columns = read_tables(dataset)
     results = ROOT / "results" / dataset
     if arguments.run:
-        lacking = [row for table in tables for row in table.rows if None in find_cells(table, row, columns, results)]
+        lacking = [row for table in tables for row in table.rows if is_missing(table, row, columns, results)]
         if lacking:
             run_steps(lacking, results, arguments.jobs)
+    if arguments.collect:
+        collect([row for table in tables for row in table.rows], results)
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
         print_tables(tables, columns, results)

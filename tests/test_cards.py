@@ -278,3 +278,26 @@ def test_released_weights_are_those_that_the_numbers_belong_to(folder):
     assert measured == {model_hash(AutoModelForImageClassification.from_pretrained(folder))}
     image = Image.effect_noise((40, 30), 60)
     assert len(pipeline("image-classification", str(folder))(image)) == 5
+
+
+# The first test images of CIFAR-10, ten in a row, and their labels.
+PHOTOGRAPHS = ROOT / "tests" / "fixtures" / "cifar10.png"
+LABELS = "937097796545494270473725470803287359267941040354042414312127"
+
+
+@pytest.mark.parametrize("name", ["nim-cifar10", "nim-cifar10-noisy-statistics"])
+def test_released_models_of_photographs_classify_photographs(name):
+    pipe = pipeline("image-classification", str(ROOT / "model_cards" / name))
+    sheet = Image.open(PHOTOGRAPHS)
+    images = [
+        sheet.crop((32 * column, 32 * row, 32 * column + 32, 32 * row + 32)) for row in range(6) for column in range(10)
+    ]
+    answers = pipe(images, seed=0, num_votes=8, top_k=1)
+    predictions = [pipe.model.config.label2id[answer[0]["label"]] for answer in answers]
+    right = [prediction == int(label) for prediction, label in zip(predictions, LABELS, strict=True)]
+    assert sum(right) >= 27  # of 60; chance gives 6, the cards say more than half
+
+
+def test_released_weights_stay_small():
+    """A clone brings them along."""
+    assert sum(path.stat().st_size for path in (ROOT / "model_cards").glob("*/model.safetensors")) <= 25e6

@@ -1,12 +1,15 @@
 """The recipes of whole data sets and the map from the paper's rows to them, read by the loaders that will run them."""
 
+import gzip
 import json
 import os
+import re
 import shlex
 
 import pytest
 import reference
 
+from modeling_nim.robustness.certification import CertifyRecipe
 from modeling_nim.robustness.protocols import AttackRunRecipe, resolve
 from modeling_nim.training.models import make_config
 from modeling_nim.training.recipe import load_recipe
@@ -28,6 +31,8 @@ def load_step(step):
     overrides = [f"output_dir={step.output_dir}", *step.overrides]
     if step.script == "run_attack.py":
         schema = AttackRunRecipe
+    elif step.script == "run_certify.py":
+        schema = CertifyRecipe
     else:
         name = {"run_pretrain.py": "PretrainRecipe", "run_finetune.py": "FinetuneRecipe"}[step.script]
         schema = getattr(reference.load_script(step.script.removesuffix(".py")), name)
@@ -77,13 +82,18 @@ def test_one_output_has_one_command_and_inputs_are_outputs_of_earlier_steps(data
                 for override in step.overrides:
                     value = override.partition("=")[2]
                     assert not value.startswith("outputs/") or value in made, (row.labels, override)
+                if step.script in ("run_attack.py", "run_certify.py"):  # what the recipe names on its own as well
+                    named = re.findall(rf"'(outputs/{dataset}/[^']+)'", repr(load_step(step)))
+                    needed = {path for path in named if path != step.output_dir}
+                    rows = [r for t in paper_tables.read_tables(dataset)[0] for r in t.rows if step in r.steps]
+                    assert needed <= {earlier.output_dir for r in rows for earlier in r.steps}, row.labels
                 made.add(step.output_dir)
 
 
 @every_dataset
 def test_the_attack_of_each_row_makes_the_numbers_of_its_columns(dataset, data_path, width):
     tables, columns = paper_tables.read_tables(dataset)
-    for table in tables:
+    for table in (table for table in tables if table.columns):
         for row in table.rows:
             recipe = load_step(row.steps[-1])
             plan = resolve(recipe)
@@ -163,7 +173,7 @@ def test_ours_stand_beside_the_papers(results, capsys):
         "scripts/run_finetune.py",
         "scripts/run_attack.py",
     ]
-    assert lines[start + 4] == "cp outputs/imagenet/attack/nim_mae/summary.json results/imagenet/nim_mae.json"
+    assert lines[-2:] == ["python scripts/paper_tables.py --dataset imagenet --collect", "```"]
     assert len(lines) == len([line for line in lines if not line.startswith("accelerate")]) + len(
         {line for line in lines if line.startswith("accelerate")}
     )
@@ -243,6 +253,7 @@ output_dir.mkdir(parents=True)
 row = {"model": "m", "sigma": None, "attack": "none", "accuracy": 50.0, "ci95": [40.0, 60.0], "num_images": 9}
 (output_dir / "config.json").write_text("{}")
 (output_dir / "summary.json").write_text(json.dumps({"rows": [row]}))
+(output_dir / "records.jsonl").write_text("{}\\n")
 """
     for name in ("run_pretrain.py", "run_attack.py"):
         (tmp_path / "scripts" / name).write_text(script)
@@ -256,15 +267,18 @@ def test_run_makes_what_is_missing_each_step_once(tiny_world, capsys):
     assert ran[0] == f"outputs/pretrain {threads}"
     assert sorted(ran) == [f"outputs/a {threads}", f"outputs/b {threads}", f"outputs/pretrain {threads}"]
     assert "| A | 50.00 [40.0, 60.0] |" in capsys.readouterr().out
+    assert gzip.decompress((tiny_world / "results/tiny/records/a.jsonl.gz").read_bytes()) == b"{}\n"
     paper_tables.main(["--dataset", "tiny", "--run"])
     assert (tiny_world / "ran").read_text().splitlines() == ran
 
 
 def test_run_names_the_command_that_failed_and_goes_on_from_there(tiny_world, monkeypatch):
     monkeypatch.setenv("FAILS", "b")
-    with pytest.raises(ChildProcessError, match=r"failed: accelerate launch scripts/run_attack\.py .*output_dir=outputs/b"):
+    with pytest.raises(
+        ChildProcessError, match=r"failed: accelerate launch scripts/run_attack\.py .*output_dir=outputs/b"
+    ):
         paper_tables.main(["--dataset", "tiny", "--run"])
-    assert [file.name for file in (tiny_world / "results/tiny").iterdir()] == ["a.json"]
+    assert [file.name for file in (tiny_world / "results/tiny").glob("*.json")] == ["a.json"]
     monkeypatch.delenv("FAILS")
     paper_tables.main(["--dataset", "tiny", "--run"])
     ran = [line.split()[0] for line in (tiny_world / "ran").read_text().splitlines()]
