@@ -37,9 +37,10 @@ bench: setup
 	$(BIN)/python scripts/bench_purify.py
 	$(BIN)/python scripts/bench_attack.py
 
-# Cards and the README's tables, from the result files.
+# Cards, the README's tables and those of results/cifar10, from the result files.
 cards: setup
 	$(BIN)/python scripts/make_cards.py
+	$(BIN)/python scripts/paper_tables.py --dataset cifar10 --output results/cifar10/tables.md
 	$(BIN)/python scripts/make_readme.py
 
 space: setup

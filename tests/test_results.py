@@ -1,0 +1,64 @@
+"""The results on CIFAR-10 are what their records say: the records are committed beside them."""
+
+import gzip
+import hashlib
+import json
+from collections import defaultdict
+
+import pytest
+import reference
+
+from modeling_nim.robustness.certification import certified_rows
+from modeling_nim.robustness.statistics import accuracy_interval
+
+
+RESULTS = reference.GOLDEN.parents[2] / "results" / "cifar10"
+FILES = sorted(file for file in RESULTS.glob("*.json") if not file.name.startswith("time_"))
+
+
+def read(file):
+    content = gzip.decompress((RESULTS / "records" / f"{file.stem}.jsonl.gz").read_bytes())
+    return json.loads(file.read_text()), content
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_result_is_made_of_the_records_beside_it(file):
+    result, content = read(file)
+    assert hashlib.sha256(content).hexdigest() == result["provenance"]["records_sha256"]
+    records = [json.loads(line) for line in content.splitlines()]
+    if file.stem == "certified":
+        assert certified_rows(records, sorted({row["radius_l2"] for row in result["rows"]})) == result["rows"]
+        return
+    right = defaultdict(list)
+    for record in records:
+        predictions = record["predictions"]
+        key = tuple(record[name] for name in ("model", "sigma", "attack", "threat_model", "epsilon_255"))
+        right[key].append(sum(prediction == record["label"] for prediction in predictions) / len(predictions))
+    assert len(right) == len(result["rows"])
+    for row in result["rows"]:
+        # records keep sigma as the text that it was given as
+        sigma = f"{row['sigma']:g}" if isinstance(row["sigma"], float) else row["sigma"]
+        values = right[row["model"], sigma, row["name"], row["threat_model"], row["epsilon_255"]]
+        assert row["num_images"] == len(values)
+        assert row["accuracy"] == pytest.approx(100 * sum(values) / len(values), abs=1e-3)
+        assert row["ci95"] == pytest.approx(accuracy_interval(values), abs=1e-3)
+
+
+def test_the_tables_beside_the_results_are_up_to_date(tmp_path):
+    reference.load_script("paper_tables").main(["--dataset", "cifar10", "--output", str(tmp_path / "tables.md")])
+    text = (tmp_path / "tables.md").read_text()
+    assert text == (RESULTS / "tables.md").read_text(), "run `make cards`"
+    assert "missing" not in text
+
+
+def test_all_results_are_of_test_images_and_no_two_of_other_weights_under_one_name():
+    hashes = {}
+    for file in FILES:
+        provenance = json.loads(file.read_text())["provenance"]
+        assert "test:10000:" in provenance["data"]
+        for recipe in provenance["recipe"]["models"]:
+            for name, model in provenance["models"].items():
+                if name.partition(" @ ")[0] == recipe["name"]:
+                    paths = (recipe["path"], recipe["purifier"], recipe["classifier"])
+                    value = model["hash"] if isinstance(model, dict) else model
+                    assert hashes.setdefault(paths, value) == value
