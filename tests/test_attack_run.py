@@ -22,6 +22,8 @@ from modeling_nim import (
 )
 from modeling_nim.image_processing import image_processor_for
 from modeling_nim.robustness.certification import CertifyRecipe
+from modeling_nim.robustness.figures import defenses
+from modeling_nim.robustness.pictures import load_pictures
 from modeling_nim.robustness.protocols import AttackRecipe, AttackRunRecipe, resolve
 from modeling_nim.robustness.targets import ClassifierTarget, check_losses
 
@@ -128,6 +130,37 @@ def test_records_summary_and_figures(recipe, tmp_path, capsys):
     reference.load_script("make_figures").main([str(tmp_path / "out")])
     for name in ("panel", "degradations", "models", "sigma_curve", "reconstruction"):
         assert (tmp_path / f"out/{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_several_defences_are_shown_beside_one_another(recipe, models, tmp_path):
+    masked = NIMForPreTraining(NIMConfig(**TINY | {"image_size": 16}, **TINY_DECODER, degradation="mask"))
+    masked.save_pretrained(tmp_path / "masked")
+    image_processor_for(masked.config).save_pretrained(tmp_path / "masked")
+    recipe["models"].append(
+        {"name": "MAE", "purifier": str(tmp_path / "masked"), "classifier": str(models / "classifier")}
+    )
+    recipe |= {"attacks": recipe["attacks"][:1], "num_images": 3, "seeds": [0], "reconstruction": None}
+    run_attack(tmp_path / "recipe.yaml", recipe, tmp_path / "out")
+    content, pixels = load_pictures(tmp_path / "out")
+    for sigma, shown in ((70, "sigma 60"), (10, "sigma 0")):
+        figure = defenses(content["entries"], pixels, content["class_names"], sigma)
+        top = [axes.get_title() for axes in figure.axes[:7]]
+        assert top == [
+            "clean image",
+            f"purified\nattacked, {shown}",
+            "purified\nclean, reconstructed",
+            "purified\nattacked, reconstructed",
+            "MAE\nattacked, masked",
+            "MAE\nclean, reconstructed",
+            "MAE\nattacked, reconstructed",
+        ]
+        assert len(figure.axes) == 2 * 7
+    # an answer stands under what the classifier saw, and is that of the records of the pictures
+    entry = next(e for e in content["entries"] if (e["model"], e["kind"]) == ("MAE", "clean"))
+    caption = f"{content['class_names'][entry['prediction']]} ({100 * entry['confidence']:.0f}%)"
+    assert figure.axes[5].get_xlabel() == caption and not figure.axes[4].get_xlabel()
+    reference.load_script("make_figures").main([str(tmp_path / "out"), "--sigma", "0"])
+    assert (tmp_path / "out/defenses.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_killed_run_continues_to_the_identical_file(recipe, tmp_path):
@@ -302,3 +335,17 @@ def test_certification_refuses_statistics_of_the_input_and_resumes(models, tmp_p
     with pytest.raises(ValueError, match="no noise to certify with"):
         main([write(tmp_path / "recipe.yaml", content), f"output_dir={tmp_path / 'refused'}"])
     assert not (tmp_path / "refused").exists()
+
+
+def test_the_cost_of_votes_is_measured_on_a_released_model(tmp_path, monkeypatch):
+    flops = {}
+    for votes in (1, 4):
+        arguments = ["--model", str(ROOT / "model_cards" / "nim-digits"), "--num_votes", str(votes), "--rounds", "1"]
+        monkeypatch.setattr(sys, "argv", ["bench_purify.py", *arguments, "--output", str(tmp_path / "time.json")])
+        reference.load_script("bench_purify").main()
+        result = json.loads((tmp_path / "time.json").read_text())
+        assert (result["image_size"], result["num_votes"]) == (32, votes)
+        assert result["ms_per_image"]["purified"] == result["latency_ms"]["purified"] / result["batch_size"] > 0
+        flops[votes] = result["flops_per_image"]
+    assert flops[4]["bare"] == flops[1]["bare"]
+    assert flops[4]["purified"] == 4 * flops[1]["purified"]

@@ -34,6 +34,18 @@ def test_finished_run_started_again_changes_nothing(pretrained):
     assert losses(pretrained) == curve and all((before[key] == after[key]).all() for key in before)
 
 
+@pytest.mark.parametrize("script", ["run_pretrain", "run_finetune"])
+def test_another_attention_changes_the_rounding_alone(script, pretrained, tmp_path):
+    recipe = recipe_of(script, pretrained)
+    weights = {}
+    for implementation in ("sdpa", "eager"):
+        run(script, recipe, tmp_path / implementation, f"execution.attn_implementation={implementation}")
+        weights[implementation] = load_file(tmp_path / implementation / "model.safetensors")
+    assert losses(tmp_path / "eager") == pytest.approx(losses(tmp_path / "sdpa"), abs=1e-4)
+    # it is in use: other products, other last bits
+    assert any((weights["eager"][key] != weights["sdpa"][key]).any() for key in weights["sdpa"])
+
+
 def recipe_of(script, pretrained):
     return PRETRAIN if script == "run_pretrain" else FINETUNE | {"init": str(pretrained)}
 

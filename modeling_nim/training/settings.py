@@ -23,7 +23,7 @@ class ExecutionRecipe:
     mixed_precision: Literal["no", "bf16"] = "no"
     compile: bool = False
     gradient_checkpointing: bool = False
-    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None
+    attn_implementation: Literal["eager", "sdpa"] | None = None
 
 
 @dataclass
