@@ -116,16 +116,15 @@ def main() -> None:
     set_seed(recipe.seed)
     model = load_classifier(recipe.init, source.class_names, recipe.drop_path_rate)
     classifier_config = model.config
-    if recipe.execution.attn_implementation:
-        model.set_attn_implementation(recipe.execution.attn_implementation)
     purified_model = None
     if recipe.purifier:
         purifier = load_purifier(recipe.purifier).to(accelerator.device)
-        if recipe.execution.attn_implementation:
-            purifier.set_attn_implementation(recipe.execution.attn_implementation)
         if recipe.execution.compile:
             purifier.compile()
         purified_model = NIMPurifiedImageClassification.from_parts(purifier, model, recipe.defense_sigma)
+    if recipe.execution.attn_implementation:  # of both, once composed: composing sets the attention of its parts
+        for part in (purifier, model) if recipe.purifier else (model,):
+            part.set_attn_implementation(recipe.execution.attn_implementation)
     if recipe.execution.gradient_checkpointing:
         enable_activation_checkpointing(model)
     denoise = recipe.images == "denoised"
