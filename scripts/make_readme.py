@@ -233,11 +233,14 @@ def cifar10_findings(read: dict[str, Any]) -> str:
     bare = _found(standard, model="undefended", name="pgd-100 eot20 r2", threat_model="white_box")
     large = _found(standard, model="defended", epsilon_255=128)
     [worst] = [entry for entry in standard["worst_case"] if entry["model"] == "defended"]
+    eot = _found(read["eot"], name="pgd-20 eot20")
     lines = [
-        f"- **Stronger attacks**, {strong['num_images']} images, 4/255: PGD-100 with EOT-20 and 2 restarts leaves "
-        f"{strong['accuracy']:.1f}{_interval(strong, True)} (undefended {bare['accuracy']:.1f}), the best of all attacks for "
-        f"each image {worst['accuracy_majority']:.1f}, an attacker who knows the draw {known['accuracy']:.1f}, 128/255 "
-        f"{large['accuracy']:.1f}. Without an attack: {clean('standard', 'defended'):.1f}."
+        f"- **Stronger attacks**, 4/255, sigma 30: PGD-20 with EOT-20 leaves {eot['accuracy']:.1f}{_interval(eot, True)} "
+        f"where PGD-10 leaves {_pgd(read['eot'], 'defended', 4)['accuracy']:.1f} ({eot['num_images']} images). In the standard "
+        f"protocol, {strong['num_images']} images: PGD-100 with EOT-20 and 2 restarts {strong['accuracy']:.1f}"
+        f"{_interval(strong, True)} (undefended {bare['accuracy']:.1f}), the best of all attacks for each image "
+        f"{worst['accuracy_majority']:.1f}, an attacker who knows the draw {known['accuracy']:.1f}, 128/255 "
+        f"{large['accuracy']:.1f}; without an attack {clean('standard', 'defended'):.1f}."
     ]
     certified = {(row["sigma"], row["radius_l2"]): row for row in read["certified"]["rows"]}
     shown = [
