@@ -162,6 +162,8 @@ CIFAR10_SYSTEMS = [  # name, defence, result, which of its models
     ("SimMIM", "masks 60%, fills in", "simmim", "defended"),
     ("NIM-SimMIM", "none", "nim_simmim", "undefended"),
     ("NIM-SimMIM", "sigma 30", "nim_simmim", "defended"),
+    ("NIM-MAE, patches normalised as in the authors' code", "none", "input_statistics", "undefended"),
+    ("NIM-MAE, patches normalised as in the authors' code", "sigma 30", "input_statistics", "defended"),
     ("NIM-MAE, fine-tuned on original images", "none", "nim_mae_original", "undefended"),
     ("NIM-MAE, fine-tuned on original images", "sigma 30", "nim_mae_original", "defended"),
     ("NIM-MAE", "none", "nim_mae", "undefended"),
@@ -233,10 +235,12 @@ def cifar10_findings(read: dict[str, Any]) -> str:
     bare = _found(standard, model="undefended", name="pgd-100 eot20 r2", threat_model="white_box")
     large = _found(standard, model="defended", epsilon_255=128)
     [worst] = [entry for entry in standard["worst_case"] if entry["model"] == "defended"]
-    eot = _found(read["eot"], name="pgd-20 eot20")
+    eot = _found(read["eot"], model="defended", name="pgd-20 eot20")
+    eot_input = _found(read["eot"], model="statistics of the input", name="pgd-20 eot20")
     lines = [
         f"- **Stronger attacks**, 4/255, sigma 30: PGD-20 with EOT-20 leaves {eot['accuracy']:.1f}{_interval(eot, True)} "
-        f"where PGD-10 leaves {_pgd(read['eot'], 'defended', 4)['accuracy']:.1f} ({eot['num_images']} images). In the standard "
+        f"where PGD-10 leaves {_pgd(read['eot'], 'defended', 4)['accuracy']:.1f} ({eot['num_images']} images; as in the authors' "
+        f"code {eot_input['accuracy']:.1f} and {_pgd(read['eot'], eot_input['model'], 4)['accuracy']:.1f}). In the standard "
         f"protocol, {strong['num_images']} images: PGD-100 with EOT-20 and 2 restarts {strong['accuracy']:.1f}"
         f"{_interval(strong, True)} (undefended {bare['accuracy']:.1f}), the best of all attacks for each image "
         f"{worst['accuracy_majority']:.1f}, an attacker who knows the draw {known['accuracy']:.1f}, 128/255 "
