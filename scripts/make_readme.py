@@ -239,9 +239,9 @@ def cifar10_findings(read: dict[str, Any]) -> str:
     eot_input = _found(read["eot"], model="statistics of the input", name="pgd-20 eot20")
     lines = [
         f"- **Stronger attacks**, 4/255, sigma 30: PGD-20 with EOT-20 leaves {eot['accuracy']:.1f}{_interval(eot, True)} "
-        f"where PGD-10 leaves {_pgd(read['eot'], 'defended', 4)['accuracy']:.1f} ({eot['num_images']} images; with statistics of "
-        f"the input {eot_input['accuracy']:.1f} and {_pgd(read['eot'], eot_input['model'], 4)['accuracy']:.1f}). The standard "
-        f"protocol, {strong['num_images']} images: PGD-100 with EOT-20 and 2 restarts {strong['accuracy']:.1f}"
+        f"where PGD-10 leaves {_pgd(read['eot'], 'defended', 4)['accuracy']:.1f} ({eot['num_images']} images; with statistics "
+        f"of the input {eot_input['accuracy']:.1f} and {_pgd(read['eot'], eot_input['model'], 4)['accuracy']:.1f}). The "
+        f"standard protocol, {strong['num_images']} images: PGD-100 with EOT-20 and 2 restarts {strong['accuracy']:.1f}"
         f"{_interval(strong, True)} (undefended {bare['accuracy']:.1f}), the best of all attacks for each image "
         f"{worst['accuracy_majority']:.1f}, an attacker who knows the draw {known['accuracy']:.1f}, 128/255 "
         f"{large['accuracy']:.1f}; without an attack {clean('standard', 'defended'):.1f}."
