@@ -209,13 +209,15 @@ def cifar10_table(read: dict[str, Any]) -> str:
         used += [row for found in rows.values() for row in found]
         halves += [(row["ci95"][1] - row["ci95"][0]) / 2 for row in used if row["attack"] != "square"]
     squares = [row for row in used if row["attack"] == "square"]
+    training = read["time_training"]
     widest = max((row["ci95"][1] - row["ci95"][0]) / 2 for row in squares)
     draws = max(row["num_draws"] for row in used)
     lines.append("")
     lines.append(
         f"Accuracy in percent on {used[0]['num_images']} test images, 95% intervals within +-{max(halves):.1f} points; Square "
         f"with {squares[0]['settings']['queries']} queries on {squares[0]['num_images']} images, where they reach "
-        f"+-{widest:.0f}. Step epsilon / 4; for defended models the mean over {draws} fresh draws."
+        f"+-{widest:.0f}. Step epsilon / 4; for defended models the mean over {draws} fresh draws. Training every model of "
+        f"these tables and figures, {len(training['seconds'])} runs, took {training['total_core_minutes'] / 60:.1f} core-hours."
     )
     return "\n".join(lines)
 
