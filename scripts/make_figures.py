@@ -10,7 +10,8 @@
 | degradations.png | 8: noisy and reconstructed images | pictures.json, pictures.safetensors |
 | models.png | 5: clean and robust accuracy of several models | summary.json |
 | sigma_curve.png | 7: accuracy against the sigma of the defence | records.jsonl |
-| reconstruction.png | 3, 6: reconstruction loss against sigma | reconstruction.jsonl |
+| reconstruction.png | 6 (3 for up to four purifiers): reconstruction loss against sigma | reconstruction.jsonl |
+| reconstruction_fixed.png | 3: of more, those named by one sigma, and the last | reconstruction.jsonl |
 | certified.png | certified accuracy against the radius | certificates.jsonl |
 
 Records of several directories are drawn together where they are of one kind.
@@ -81,6 +82,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         ]
         if records:
             drawn[name] = draw(records)
+        models = list(dict.fromkeys(record["model"] for record in records)) if name == "reconstruction" else []
+        fixed = [model for model in models if model.isdecimal()]
+        if len(models) > 4 and 0 < len(fixed) < 4:
+            shown = [*fixed, models[-1]]
+            drawn["reconstruction_fixed"] = draw([record for record in records if record["model"] in shown])
     if not drawn:
         raise FileNotFoundError(
             f"{', '.join(arguments.directories)}: no records to draw; run scripts/run_attack.py first"

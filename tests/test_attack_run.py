@@ -12,6 +12,7 @@ import reference
 import torch
 import yaml
 from conftest import TINY, TINY_DECODER
+from matplotlib.figure import Figure
 
 from modeling_nim import (
     NIMClassifierConfig,
@@ -130,6 +131,20 @@ def test_records_summary_and_figures(recipe, tmp_path, capsys):
     reference.load_script("make_figures").main([str(tmp_path / "out")])
     for name in ("panel", "degradations", "models", "sigma_curve", "reconstruction"):
         assert (tmp_path / f"out/{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_figure_3_is_drawn_from_the_purifiers_of_fixed_sigma(tmp_path, monkeypatch):
+    names = ["25", "75", "150", "uniform(0, 150)", "gamma(25, 3)"]
+    lines = [
+        {"model": name, "sigma_255": s, "loss": 0.1 + s, "image_id": i} for name in names for s in (0, 9) for i in "ab"
+    ]
+    (tmp_path / "reconstruction.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    script = reference.load_script("make_figures")
+    drawn = []
+    monkeypatch.setattr(script.figures, "reconstruction_loss", lambda r: drawn.append(r) or Figure())
+    script.main([str(tmp_path)])
+    assert [list(dict.fromkeys(r["model"] for r in records)) for records in drawn] == [names, [*names[:3], names[4]]]
+    assert (tmp_path / "reconstruction_fixed.png").exists()
 
 
 def test_several_defences_are_shown_beside_one_another(recipe, models, tmp_path):
