@@ -256,13 +256,24 @@ def run_steps(rows: Sequence[Row], results: Path, jobs: int) -> None:
     Raises ChildProcessError naming the first command that failed; what does not depend on it is run nevertheless.
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
-    earlier: dict[str, list[Step]] = {}  # what a step waits for
+    earlier: dict[str, list[Step]] = {}  # what a step waits for: its inputs, and an attack for all of its rows
     todo: dict[str, Step] = {}
-    for depth in range(max(len(row.steps) for row in rows)):  # all that is pre-trained first: nobody waits for long
+    longest = max(len(row.steps) for row in rows)
+    # What is waited for is submitted first, or waiting workers would keep it from starting: in the order of the rows,
+    # inputs before what takes them, and all attacks at the end.
+    for depth in range(longest):
         for row in rows:
-            if depth < len(row.steps):
-                todo.setdefault(row.steps[depth].output_dir, row.steps[depth])
-                earlier.setdefault(row.steps[depth].output_dir, []).extend(row.steps[:depth])
+            for step in row.steps[:-1][depth : depth + 1]:
+                inputs = [
+                    other
+                    for other in row.steps[:depth]
+                    if any(o.endswith(f"={other.output_dir}") for o in step.overrides)
+                ]
+                todo.setdefault(step.output_dir, step)
+                earlier.setdefault(step.output_dir, []).extend(inputs)
+    for row in rows:
+        todo.setdefault(row.steps[-1].output_dir, row.steps[-1])
+        earlier.setdefault(row.steps[-1].output_dir, []).extend(row.steps[:-1])
     running: dict[str, Future] = {}
 
     def run(step: Step) -> None:
