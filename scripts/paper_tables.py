@@ -2,7 +2,7 @@
 
     python scripts/paper_tables.py
     python scripts/paper_tables.py --dataset cifar10
-    python scripts/paper_tables.py --dataset cifar10 --run --jobs 2
+    python scripts/paper_tables.py --dataset cifar10 --run --jobs 2 --results outputs/cifar10/results
     python scripts/paper_tables.py --dataset cifar10 --output results/cifar10/tables.md
 
 `scripts/recipes/DATASET/paper.yaml` says what makes each row. A step whose output is there already is left out; one that was
@@ -227,10 +227,10 @@ def print_table(table: Table, columns: dict[str, dict[str, Any]], results: Path)
         print(f"| {' | '.join(cells)} |")
     for file, images in sources.items():
         counts = " and ".join(f"{number:,}" for number in sorted(images, reverse=True))
-        print(f"\nOurs, 95% intervals in brackets: {file.relative_to(ROOT)}, {counts} images.")
+        print(f"\nOurs, 95% intervals in brackets: {os.path.relpath(file, ROOT)}, {counts} images.")
 
 
-def print_tables(tables: Sequence[Table], columns: dict[str, dict[str, Any]], results: Path) -> None:
+def print_tables(tables: Sequence[Table], columns: dict[str, dict[str, Any]], results: Path, dataset: str) -> None:
     """Prints all tables, then the commands for what is missing."""
     for table in tables:
         if table.columns:
@@ -247,7 +247,7 @@ def print_tables(tables: Sequence[Table], columns: dict[str, dict[str, Any]], re
         if new := [command for command in commands if command not in printed]:
             print(f"# {table.title.partition(':')[0]}: {', '.join(row.labels)}", *new, sep="\n")
             printed.update(new)
-    print(f"python scripts/paper_tables.py --dataset {results.name} --collect\n```")
+    print(f"python scripts/paper_tables.py --dataset {dataset} --collect\n```")
 
 
 def run_steps(rows: Sequence[Row], results: Path, jobs: int) -> None:
@@ -314,6 +314,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--run", action="store_true", help="run the commands for what is missing, then print the tables"
     )
     parser.add_argument("--collect", action="store_true", help="copy the results of what was run into results/DATASET")
+    parser.add_argument("--results", metavar="DIR", help="where results are read and put; default results/DATASET")
     parser.add_argument("--output", metavar="FILE", help="write the tables there instead of printing them")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="with --run: so many commands at a time")
     arguments = parser.parse_args(argv)
@@ -321,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--jobs must be at least 1, got {arguments.jobs}")
     dataset = arguments.dataset
     tables, columns = read_tables(dataset)
-    results = ROOT / "results" / dataset
+    results = ROOT / (arguments.results or f"results/{dataset}")
     if arguments.run:
         lacking = [row for table in tables for row in table.rows if is_missing(table, row, columns, results)]
         if lacking:
@@ -330,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         collect([row for table in tables for row in table.rows], results)
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
-        print_tables(tables, columns, results)
+        print_tables(tables, columns, results, dataset)
     if arguments.output:
         write_text(arguments.output, text.getvalue().lstrip("\n"))
     else:
