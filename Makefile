@@ -21,7 +21,7 @@ demo: setup
 	$(LAUNCH) scripts/run_finetune.py $(DIGITS)/finetune_original.yaml
 	$(LAUNCH) scripts/run_finetune.py $(DIGITS)/finetune_denoised.yaml
 	$(LAUNCH) scripts/run_attack.py $(DIGITS)/attack.yaml
-	$(BIN)/python scripts/make_figures.py outputs/demo
+	$(BIN)/python scripts/reports/figures.py outputs/demo
 
 test: setup lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -32,16 +32,16 @@ lint: setup
 
 # Ratios against peers, measured in one run each; the numbers land in outputs/bench/.
 bench: setup
-	$(BIN)/python scripts/bench_loader.py
-	$(BIN)/python scripts/bench_pretrain.py
-	$(BIN)/python scripts/bench_purify.py
-	$(BIN)/python scripts/bench_attack.py
+	$(BIN)/python scripts/bench/loader.py
+	$(BIN)/python scripts/bench/pretrain.py
+	$(BIN)/python scripts/bench/purify.py
+	$(BIN)/python scripts/bench/attack.py
 
 # Cards, the README's tables and those of results/cifar10, from the result files.
 cards: setup
-	$(BIN)/python scripts/make_cards.py
-	$(BIN)/python scripts/paper_tables.py --dataset cifar10 --output results/cifar10/tables.md
-	$(BIN)/python scripts/make_readme.py
+	$(BIN)/python scripts/reports/cards.py
+	$(BIN)/python scripts/reports/paper_tables.py --dataset cifar10 --output results/cifar10/tables.md
+	$(BIN)/python scripts/reports/readme.py
 
 space: setup
 	$(BIN)/python space/app.py

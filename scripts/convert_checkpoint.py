@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from modeling_nim.cli import run_main
 from modeling_nim.configuration_nim import (
     MODEL_SIZES,
     NIMClassifierConfig,
@@ -40,6 +39,7 @@ from modeling_nim.modeling_nim_simmim import (
     NIMSimMIMForPreTraining,
     relative_position_index,
 )
+from modeling_nim.runs.errors import run_main
 
 
 StateDict = dict[str, torch.Tensor]

@@ -17,11 +17,11 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
-from make_cards import card_of_directory
+from reports.cards import card_of_directory
 from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 
 import modeling_nim
-from modeling_nim.cli import naming_damaged_weights, run_main
+from modeling_nim.runs.errors import naming_damaged_weights, run_main
 
 
 def load_for_publication(directory: Path) -> PreTrainedModel:

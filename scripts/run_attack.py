@@ -7,7 +7,7 @@ Several GPUs: `accelerate launch --num_processes N` splits the images; on CPUs, 
 --nproc_per_node N`. A run that was stopped continues where it was when it is started again.
 
 `output_dir` receives `run.json` (settings, hashes, versions), `records.jsonl` (one line per image, attack and seed),
-`seconds.jsonl`, `summary.json`, and with the sections `pictures` and `reconstruction` what `make_figures.py` draws.
+`seconds.jsonl`, `summary.json`, and with the sections `pictures` and `reconstruction` what `reports/figures.py` draws.
 """
 
 import argparse
@@ -20,9 +20,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from modeling_nim.cli import run_main
 from modeling_nim.data import evaluation_batch, load_source
-from modeling_nim.files import write_json, write_jsonl
 from modeling_nim.robustness.draws import evaluation_order
 from modeling_nim.robustness.evaluation import attack_images, cost_table, measure_speed, score_batch
 from modeling_nim.robustness.pictures import pictured_jobs, reconstruction_records, store_pictures
@@ -30,7 +28,9 @@ from modeling_nim.robustness.protocols import AttackRunRecipe, plan_jobs, resolv
 from modeling_nim.robustness.records import RecordFile, plan_units, read_jsonl, run_settings
 from modeling_nim.robustness.summary import model_key, summarise, table
 from modeling_nim.robustness.targets import check_classes, check_losses, load_purifier, load_targets, model_hash
-from modeling_nim.training.recipe import load_recipe
+from modeling_nim.runs.errors import run_main
+from modeling_nim.runs.files import write_json, write_jsonl
+from modeling_nim.runs.recipe import load_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,7 +1,7 @@
 """Certifies purified models: the L2 radius around each image within which no perturbation changes the majority vote.
 
     accelerate launch scripts/run_certify.py scripts/recipes/digits/certify.yaml
-    python scripts/make_figures.py outputs/certify
+    python scripts/reports/figures.py outputs/certify
 
 Randomized smoothing (Cohen et al. 2019) with the defence's own noise. It needs a purifier whose answer depends on the noisy
 image alone: `patch_statistics: input`, as in the paper's code, is refused. A run that was stopped continues where it was.
@@ -17,15 +17,15 @@ from pathlib import Path
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from modeling_nim.cli import run_main
 from modeling_nim.data import evaluation_batch, load_source
-from modeling_nim.files import write_json
 from modeling_nim.robustness.certification import CertifyRecipe, certified_rows, certify_image, check_certifiable
 from modeling_nim.robustness.draws import evaluation_order
 from modeling_nim.robustness.evaluation import measure_speed
 from modeling_nim.robustness.records import RecordFile, plan_units, read_jsonl, run_settings
 from modeling_nim.robustness.targets import check_classes, load_targets, model_hash
-from modeling_nim.training.recipe import load_recipe
+from modeling_nim.runs.errors import run_main
+from modeling_nim.runs.files import write_json
+from modeling_nim.runs.recipe import load_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> None:

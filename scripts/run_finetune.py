@@ -22,12 +22,13 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
 from modeling_nim import NIMPurifiedImageClassification, image_processor_for, normalize, parse_sigma
-from modeling_nim.cli import run_main
 from modeling_nim.data import BadImageError, DataRecipe, load_source
 from modeling_nim.data.augment import AugmentationRecipe, augment
 from modeling_nim.data.evaluation import BAD_IMAGE_LABEL, EvaluationImages, evaluation_loader
 from modeling_nim.data.loader import CropRecipe, TrainingImages, to_images_01, training_loader
 from modeling_nim.data.randomness import generators, image_seeds
+from modeling_nim.runs.errors import run_main
+from modeling_nim.runs.recipe import load_recipe
 from modeling_nim.training.checkpoints import load_newest_checkpoint, save_checkpoint
 from modeling_nim.training.models import (
     draw_degradation,
@@ -47,7 +48,6 @@ from modeling_nim.training.optimization import (
     soft_cross_entropy,
 )
 from modeling_nim.training.progress import Reporter, StopSignal
-from modeling_nim.training.recipe import load_recipe
 from modeling_nim.training.settings import (
     CheckpointRecipe,
     ExecutionRecipe,

@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 from accelerate.utils import set_seed
 
 from modeling_nim import normalize
-from modeling_nim.cli import run_main
 from modeling_nim.data import DataRecipe, load_source
 from modeling_nim.data.loader import CropRecipe, TrainingImages, to_images_01, training_loader
 from modeling_nim.data.randomness import generators, image_seeds
+from modeling_nim.runs.errors import run_main
+from modeling_nim.runs.recipe import load_recipe
 from modeling_nim.training.checkpoints import load_newest_checkpoint, save_checkpoint
 from modeling_nim.training.models import (
     ModelRecipe,
@@ -40,7 +41,6 @@ from modeling_nim.training.optimization import (
     set_learning_rate,
 )
 from modeling_nim.training.progress import Reporter, StopSignal
-from modeling_nim.training.recipe import load_recipe
 from modeling_nim.training.settings import (
     CheckpointRecipe,
     ExecutionRecipe,

@@ -22,7 +22,7 @@ import torch
 import yaml
 from accelerate import Accelerator, PartialState, debug_launcher
 
-from modeling_nim.cli import run_main
+from modeling_nim.runs.errors import run_main
 from modeling_nim.training.progress import Reporter
 
 

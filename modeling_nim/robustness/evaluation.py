@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..training.bench import synchronize
+from ..runs.machine import synchronize
 from . import attacks
 from .attacks import LOSSES, Oracle, choose_worst, decide, target_forward
 from .draws import ATTACK, EVALUATE, SELECT, isolated_global_rng, stream_seed

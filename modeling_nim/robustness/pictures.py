@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from modeling_nim.data import ImageSource, evaluation_batch
-from modeling_nim.files import write_json
 from modeling_nim.noise_nim import normalize
+from modeling_nim.runs.files import write_json
 
 from .draws import PICTURE, RECONSTRUCTION, stream_seed
 from .evaluation import attack_images

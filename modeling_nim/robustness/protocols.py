@@ -246,7 +246,7 @@ class ModelRecipe:
 
 @dataclass
 class PicturesRecipe:
-    """Which images `make_figures.py` can show: the attack `attack` (a label) at `epsilon_255` on the first images."""
+    """Which images `reports/figures.py` can show: the attack `attack` (a label) at `epsilon_255` on the first images."""
 
     num_images: int = 6
     attack: str = "pgd-10"

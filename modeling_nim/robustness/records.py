@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from ..files import write_bytes, write_json
+from ..runs.files import write_bytes, write_json
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ from transformers import (
     ViTMAEConfig,
 )
 
-from modeling_nim.cli import naming_damaged_weights
 from modeling_nim.data import ImageSource
 from modeling_nim.modeling_nim import NIMForPreTraining
 from modeling_nim.modeling_nim_purified import NIMPurifiedImageClassification
 from modeling_nim.noise_nim import denormalize, normalize, parse_sigma
+from modeling_nim.runs.errors import naming_damaged_weights
 from modeling_nim.training.models import load_config
 
 

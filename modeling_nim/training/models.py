@@ -23,8 +23,8 @@ from .. import (
     NIMSimMIMForPreTraining,
     sample_sigma,
 )
-from ..cli import naming_damaged_weights
 from ..noise_nim import sample_epsilon, sample_mask_noise
+from ..runs.errors import naming_damaged_weights
 
 
 ARCHITECTURES = {

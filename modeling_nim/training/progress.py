@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from ..files import write_jsonl
+from ..runs.files import write_jsonl
 
 
 class NonFiniteLossError(ValueError):

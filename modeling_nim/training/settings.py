@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, TorchDynamoPlugin
 
-from .recipe import recipe_to_dict
+from ..runs.recipe import recipe_to_dict
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Measure the attacks: PGD-10 against torchattacks' PGD, and batched EOT-20 against 20 passes one after the other.
 
-    python scripts/bench_attack.py [--size tiny --image_size 32 --num_images 8] [--output outputs/bench/attack.json]
+    python scripts/bench/attack.py [--size tiny --image_size 32 --num_images 8] [--output outputs/bench/attack.json]
 
 Without options: ViT-B/16 at 224 where there is a GPU; on a CPU the architecture of the digits' recipe. Both sides attack
 the same purified model on the same images with as many steps, and take turns within each round. torchattacks gets the model
@@ -28,11 +28,11 @@ from modeling_nim import (
     NIMPurifiedImageClassification,
     normalize,
 )
-from modeling_nim.cli import run_main
-from modeling_nim.files import write_json
 from modeling_nim.robustness.attacks import Oracle, cross_entropy_loss, pgd, target_forward
 from modeling_nim.robustness.targets import PurifiedTarget, project_patches_by_matrix_product
-from modeling_nim.training.bench import machine, seconds_of
+from modeling_nim.runs.errors import run_main
+from modeling_nim.runs.files import write_json
+from modeling_nim.runs.machine import machine, seconds_of
 
 
 DIGITS = {

@@ -45,7 +45,9 @@ def test_a_result_is_made_of_the_records_beside_it(file):
 
 
 def test_the_tables_beside_the_results_are_up_to_date(tmp_path):
-    reference.load_script("paper_tables").main(["--dataset", "cifar10", "--output", str(tmp_path / "tables.md")])
+    reference.load_script("reports/paper_tables").main(
+        ["--dataset", "cifar10", "--output", str(tmp_path / "tables.md")]
+    )
     text = (tmp_path / "tables.md").read_text()
     assert text == (RESULTS / "tables.md").read_text(), "run `make cards`"
     assert "missing" not in text

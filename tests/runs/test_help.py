@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 
-ROOT = Path(__file__).parents[1]
-SCRIPTS = [*sorted((ROOT / "scripts").glob("*.py")), ROOT / "space" / "app.py"]
+ROOT = Path(__file__).parents[2]
+SCRIPTS = [*sorted((ROOT / "scripts").glob("**/*.py")), ROOT / "space" / "app.py"]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)

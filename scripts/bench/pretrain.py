@@ -1,6 +1,6 @@
 """Measure NIM-MAE pre-training: speed, FLOPs, share of the matrix peak, memory, and against an eager float32 loop.
 
-    python scripts/bench_pretrain.py [--size base --image_size 224 --batch_size 256] [--output outputs/bench/pretrain.json]
+    python scripts/bench/pretrain.py [--size base --image_size 224 --batch_size 256] [--output outputs/bench/pretrain.json]
 
 Without options: ViT-B/16 at 224 in bf16, compiled, where there is a GPU; "tiny" at 64 pixels in float32 on a CPU. `ours` is
 a full step as run_pretrain.py takes it: uint8 batch, draws, normalisation, forward, backward, fused AdamW, under Accelerate.
@@ -18,11 +18,11 @@ from accelerate.utils import TorchDynamoPlugin, set_seed
 from torch.profiler import ProfilerActivity, profile
 
 from modeling_nim import MODEL_SIZES, normalize
-from modeling_nim.cli import run_main
 from modeling_nim.data.loader import to_images_01
 from modeling_nim.data.randomness import generators, image_seeds
-from modeling_nim.files import write_json
-from modeling_nim.training.bench import (
+from modeling_nim.runs.errors import run_main
+from modeling_nim.runs.files import write_json
+from modeling_nim.runs.machine import (
     count_flops,
     machine,
     matrix_peak_flops,

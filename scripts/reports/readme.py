@@ -1,11 +1,11 @@
 """Fill the README's tables from the result files; never by hand.
 
-    python scripts/make_readme.py            # rewrites what stands between the <!-- results:NAME --> marks
-    python scripts/make_readme.py --check    # writes nothing; exit code 1 if a table differs
+    python scripts/reports/readme.py            # rewrites what stands between the <!-- results:NAME --> marks
+    python scripts/reports/readme.py --check    # writes nothing; exit code 1 if a table differs
 
 `results/digits/summary.json` is `outputs/demo/summary.json` of `make demo`; `attack_paper.json` and `attack_standard.json`
 are the summaries of the recipes of those names, on the same images; `certified.json` is what run_certify.py writes.
-`results/cifar10/` is what `python scripts/paper_tables.py --dataset cifar10 --run` and the recipes beside it leave.
+`results/cifar10/` is what `python scripts/reports/paper_tables.py --dataset cifar10 --run` and the recipes beside it leave.
 """
 
 import argparse
@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from modeling_nim.cli import run_main
-from modeling_nim.files import write_text
+from modeling_nim.runs.errors import run_main
+from modeling_nim.runs.files import write_text
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DIGITS = ROOT / "results" / "digits"
 CIFAR10 = ROOT / "results" / "cifar10"
 MARKED = re.compile(r"(<!-- results:(?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -186,7 +186,7 @@ def _pgd(summary: dict[str, Any], model: str, epsilon_255: float, threat_model: 
 
 
 def cifar10_table(read: dict[str, Any]) -> str:
-    """Table 1 on CIFAR-10 without the paper's numbers, which `paper_tables.py` prints beside ours."""
+    """Table 1 on CIFAR-10 without the paper's numbers, which `reports/paper_tables.py` prints beside ours."""
     lines = [
         "| Pre-trained as | Defence | Clean | White-box PGD-10, 2 / 4 / 8 of 255 | Gray-box PGD-10 | Square |",
         "|---|---|---|---|---|---|",

@@ -1,6 +1,6 @@
 """Measure the training loader against the plain Pillow pipeline, on the same photos, on one core.
 
-    python scripts/bench_loader.py [--path FOLDER_OF_PARQUET --split validation] [--output outputs/bench/loader.json]
+    python scripts/bench/loader.py [--path FOLDER_OF_PARQUET --split validation] [--output outputs/bench/loader.json]
 
 Without a path the photos are the two that come with scikit-learn, at ImageNet's usual 500 pixels. `plain` opens, converts to
 RGB, crops, resizes (bicubic), makes a float tensor and normalises. `ours` is what a loader worker does, from the stored bytes
@@ -17,13 +17,13 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from modeling_nim import normalize
-from modeling_nim.cli import run_main
 from modeling_nim.configuration_nim import IMAGENET_MEAN, IMAGENET_STD
 from modeling_nim.data import DataRecipe, ImageSource, load_source
 from modeling_nim.data.loader import NUM_CROP_ATTEMPTS, CropRecipe, TrainingImages, random_window, to_images_01
 from modeling_nim.data.randomness import image_seeds, uniforms
-from modeling_nim.files import write_json
-from modeling_nim.training.bench import machine
+from modeling_nim.runs.errors import run_main
+from modeling_nim.runs.files import write_json
+from modeling_nim.runs.machine import machine
 
 
 def plain_pipeline(source, indices, numbers, crop: CropRecipe, size: int) -> torch.Tensor:

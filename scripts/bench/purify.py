@@ -1,7 +1,7 @@
 """Measure what the defence costs: latency of the purified classifier over the bare one, beside the ratio of their FLOPs.
 
-    python scripts/bench_purify.py [--size base --image_size 224 --batch_size 64] [--output outputs/bench/purify.json]
-    python scripts/bench_purify.py --model model_cards/nim-digits --num_votes 8
+    python scripts/bench/purify.py [--size base --image_size 224 --batch_size 64] [--output outputs/bench/purify.json]
+    python scripts/bench/purify.py --model model_cards/nim-digits --num_votes 8
 
 Without options: ViT-B/16 at 224 in bf16 where there is a GPU, "tiny" at 64 pixels in float32 on a CPU.
 """
@@ -19,9 +19,9 @@ from modeling_nim import (
     NIMForPreTraining,
     NIMPurifiedImageClassification,
 )
-from modeling_nim.cli import run_main
-from modeling_nim.files import write_json
-from modeling_nim.training.bench import count_flops, machine, seconds_of
+from modeling_nim.runs.errors import run_main
+from modeling_nim.runs.files import write_json
+from modeling_nim.runs.machine import count_flops, machine, seconds_of
 
 
 def main() -> None:

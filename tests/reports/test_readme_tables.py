@@ -2,7 +2,7 @@
 
 import json
 
-import make_readme
+from reports import readme as make_readme
 
 
 def test_the_readme_is_up_to_date_with_the_results(monkeypatch, tmp_path):

@@ -16,7 +16,7 @@ from modeling_nim import (
     NIMForPreTraining,
     NIMPurifiedImageClassification,
 )
-from modeling_nim.cli import run_main
+from modeling_nim.runs.errors import run_main
 
 
 @pytest.fixture(scope="module")

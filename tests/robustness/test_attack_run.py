@@ -1,4 +1,4 @@
-"""run_attack.py, run_certify.py and make_figures.py as users run them, on tiny models."""
+"""run_attack.py, run_certify.py and figures.py as users run them, on tiny models."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ from modeling_nim.robustness.protocols import AttackRecipe, AttackRunRecipe, res
 from modeling_nim.robustness.targets import ClassifierTarget, check_losses
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_records_summary_and_figures(recipe, tmp_path, capsys):
     assert provenance["records_sha256"] == hashlib.sha256((tmp_path / "out/records.jsonl").read_bytes()).hexdigest()
     assert {alarm["alarm"] for alarm in summary["alarms"]} >= {"too_few_images"} or not summary["comparisons"]
 
-    reference.load_script("make_figures").main([str(tmp_path / "out")])
+    reference.load_script("reports/figures").main([str(tmp_path / "out")])
     for name in ("panel", "degradations", "models", "sigma_curve", "reconstruction"):
         assert (tmp_path / f"out/{name}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -139,7 +139,7 @@ def test_figure_3_is_drawn_from_the_purifiers_of_fixed_sigma(tmp_path, monkeypat
         {"model": name, "sigma_255": s, "loss": 0.1 + s, "image_id": i} for name in names for s in (0, 9) for i in "ab"
     ]
     (tmp_path / "reconstruction.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    script = reference.load_script("make_figures")
+    script = reference.load_script("reports/figures")
     drawn = []
     monkeypatch.setattr(script.figures, "reconstruction_loss", lambda r: drawn.append(r) or Figure())
     script.main([str(tmp_path)])
@@ -174,7 +174,7 @@ def test_several_defences_are_shown_beside_one_another(recipe, models, tmp_path)
     entry = next(e for e in content["entries"] if (e["model"], e["kind"]) == ("MAE", "clean"))
     caption = f"{content['class_names'][entry['prediction']]} ({100 * entry['confidence']:.0f}%)"
     assert figure.axes[5].get_xlabel() == caption and not figure.axes[4].get_xlabel()
-    reference.load_script("make_figures").main([str(tmp_path / "out"), "--sigma", "0"])
+    reference.load_script("reports/figures").main([str(tmp_path / "out"), "--sigma", "0"])
     assert (tmp_path / "out/defenses.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -249,7 +249,7 @@ def test_bad_recipes_are_refused_before_anything_is_written(recipe, models, tmp_
 
 def test_every_recipe_of_the_repository_can_be_read():
     load = reference.load_script("run_attack").load_recipe
-    recipes = [*ROOT.glob("scripts/recipes/attack/*.yaml"), *ROOT.glob("scripts/recipes/digits/attack*.yaml")]
+    recipes = [*ROOT.glob("scripts/recipes/protocols/*.yaml"), *ROOT.glob("scripts/recipes/digits/attack*.yaml")]
     assert len(recipes) == 7
     for path in recipes:
         assert resolve(load(path, AttackRunRecipe)).attacks
@@ -340,7 +340,7 @@ def test_certification_refuses_statistics_of_the_input_and_resumes(models, tmp_p
     assert (tmp_path / "whole/certificates.jsonl").read_bytes() == whole
     rows = json.loads((tmp_path / "whole/certified.json").read_text())["rows"]
     assert len(rows) == 2 * 6 and all(row["num_images"] == 4 for row in rows)
-    reference.load_script("make_figures").main([str(tmp_path / "whole")])
+    reference.load_script("reports/figures").main([str(tmp_path / "whole")])
     assert (tmp_path / "whole/certified.png").exists()
 
     content["models"] = [{"name": "as in the paper", "path": str(models / "purified_input"), "sigma": 40}]
@@ -356,8 +356,8 @@ def test_the_cost_of_votes_is_measured_on_a_released_model(tmp_path, monkeypatch
     flops = {}
     for votes in (1, 4):
         arguments = ["--model", str(ROOT / "model_cards" / "nim-digits"), "--num_votes", str(votes), "--rounds", "1"]
-        monkeypatch.setattr(sys, "argv", ["bench_purify.py", *arguments, "--output", str(tmp_path / "time.json")])
-        reference.load_script("bench_purify").main()
+        monkeypatch.setattr(sys, "argv", ["purify.py", *arguments, "--output", str(tmp_path / "time.json")])
+        reference.load_script("bench/purify").main()
         result = json.loads((tmp_path / "time.json").read_text())
         assert (result["image_size"], result["num_votes"]) == (32, votes)
         assert result["ms_per_image"]["purified"] == result["latency_ms"]["purified"] / result["batch_size"] > 0

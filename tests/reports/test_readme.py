@@ -18,7 +18,7 @@ from modeling_nim import (
 )
 from modeling_nim.robustness.certification import CertifyRecipe
 from modeling_nim.robustness.protocols import AttackRunRecipe
-from modeling_nim.training.recipe import load_recipe
+from modeling_nim.runs.recipe import load_recipe
 
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ import pytest
 from statsmodels.stats.proportion import proportion_confint
 
 
-FOLDER = Path(__file__).parents[1] / "metrics" / "robust_accuracy"
+FOLDER = Path(__file__).parents[2] / "metrics" / "robust_accuracy"
 
 
 @pytest.fixture(scope="module")

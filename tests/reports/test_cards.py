@@ -23,7 +23,7 @@ from modeling_nim import (
 from modeling_nim.robustness.targets import model_hash
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ENCODER = {
     "image_size": 32,
     "patch_size": 8,
@@ -43,9 +43,9 @@ DECODER = {
 @pytest.fixture
 def make_cards(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import make_cards
+    from reports import cards
 
-    return make_cards
+    return cards
 
 
 def row(model, sigma, attack, threat_model, epsilon_255, accuracy, **settings):
@@ -208,9 +208,9 @@ def repository(make_cards, world, monkeypatch):
     (folder / "card.yaml").write_text(yaml.safe_dump(card))
 
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["make_cards.py", *arguments])
+        monkeypatch.setattr(sys, "argv", ["cards.py", *arguments])
         with pytest.raises(SystemExit) as exit_info:
-            modeling_nim.cli.run_main(make_cards.main)
+            modeling_nim.runs.errors.run_main(make_cards.main)
         return exit_info.value.code or 0
 
     return folder, call
@@ -260,7 +260,7 @@ def test_an_unknown_key_in_a_card_is_named(repository, capsys):
 
 
 def test_the_cards_in_this_repository_are_as_their_records_make_them(make_cards, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["make_cards.py", "--check"])
+    monkeypatch.setattr(sys, "argv", ["cards.py", "--check"])
     assert make_cards.main() == 0, capsys.readouterr().out
 
 

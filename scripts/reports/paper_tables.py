@@ -1,9 +1,9 @@
 """Prints the paper's tables with our numbers beside the paper's, and prints or runs what makes the rows that are missing.
 
-    python scripts/paper_tables.py
-    python scripts/paper_tables.py --dataset cifar10
-    python scripts/paper_tables.py --dataset cifar10 --run --jobs 2 --results outputs/cifar10/results
-    python scripts/paper_tables.py --dataset cifar10 --output results/cifar10/tables.md
+    python scripts/reports/paper_tables.py
+    python scripts/reports/paper_tables.py --dataset cifar10
+    python scripts/reports/paper_tables.py --dataset cifar10 --run --jobs 2 --results outputs/cifar10/results
+    python scripts/reports/paper_tables.py --dataset cifar10 --output results/cifar10/tables.md
 
 `scripts/recipes/DATASET/paper.yaml` says what makes each row. A step whose output is there already is left out; one that was
 broken off resumes. `results/DATASET/RESULT.json` are the summaries of what was run, `records/RESULT.jsonl.gz` beside them
@@ -28,11 +28,11 @@ from typing import Any
 
 import yaml
 
-from modeling_nim.cli import run_main
-from modeling_nim.files import write_bytes, write_text
+from modeling_nim.runs.errors import run_main
+from modeling_nim.runs.files import write_bytes, write_text
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ACCURACY_DECIMALS = 2  # as the paper
 # What a script leaves when it is done, and the records that this was made of.
 MADE = {
@@ -247,7 +247,7 @@ def print_tables(tables: Sequence[Table], columns: dict[str, dict[str, Any]], re
         if new := [command for command in commands if command not in printed]:
             print(f"# {table.title.partition(':')[0]}: {', '.join(row.labels)}", *new, sep="\n")
             printed.update(new)
-    print(f"python scripts/paper_tables.py --dataset {dataset} --collect\n```")
+    print(f"python scripts/reports/paper_tables.py --dataset {dataset} --collect\n```")
 
 
 def run_steps(rows: Sequence[Row], results: Path, jobs: int) -> None:

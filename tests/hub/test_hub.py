@@ -29,7 +29,7 @@ from modeling_nim import (
 )
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SITE_PACKAGES = str(Path(torch.__file__).parents[1])
 ENCODER = {
     "image_size": 16,
@@ -296,7 +296,7 @@ def push(monkeypatch, tmp_path, pushed):
         monkeypatch.setattr(push_to_hub, "HfApi", lambda: api)
         monkeypatch.setattr(sys, "argv", ["push_to_hub.py", *(str(argument) for argument in arguments)])
         with pytest.raises(SystemExit) as exit_info:
-            modeling_nim.cli.run_main(push_to_hub.main)
+            modeling_nim.runs.errors.run_main(push_to_hub.main)
         return exit_info.value.code
 
     return call

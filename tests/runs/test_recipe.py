@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import pytest
 
-from modeling_nim.training.recipe import load_recipe, recipe_to_dict
+from modeling_nim.runs.recipe import load_recipe, recipe_to_dict
 
 
 @dataclass

@@ -23,7 +23,7 @@ from modeling_nim import (
 
 pytestmark = pytest.mark.filterwarnings("ignore:::gradio")  # its use of pandas is not ours to mend
 
-SPACE = Path(__file__).parents[1] / "space"
+SPACE = Path(__file__).parents[2] / "space"
 SIZES = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 DECODER = {
     "decoder_hidden_size": 32,

@@ -11,11 +11,11 @@ import reference
 
 from modeling_nim.robustness.certification import CertifyRecipe
 from modeling_nim.robustness.protocols import AttackRunRecipe, resolve
+from modeling_nim.runs.recipe import load_recipe
 from modeling_nim.training.models import make_config
-from modeling_nim.training.recipe import load_recipe
 
 
-paper_tables = reference.load_script("paper_tables")
+paper_tables = reference.load_script("reports/paper_tables")
 every_dataset = pytest.mark.parametrize(
     ("dataset", "data_path", "width"),
     [("imagenet", "ILSVRC/imagenet-1k", 768), ("cifar10", "data/cifar10", 128), ("cifar10_gpu", "data/cifar10", 192)],
@@ -173,7 +173,7 @@ def test_ours_stand_beside_the_papers(results, capsys):
         "scripts/run_finetune.py",
         "scripts/run_attack.py",
     ]
-    assert lines[-2:] == ["python scripts/paper_tables.py --dataset imagenet --collect", "```"]
+    assert lines[-2:] == ["python scripts/reports/paper_tables.py --dataset imagenet --collect", "```"]
     assert len(lines) == len([line for line in lines if not line.startswith("accelerate")]) + len(
         {line for line in lines if line.startswith("accelerate")}
     )

@@ -1,7 +1,7 @@
 """Draws every figure that the records in a directory allow; no model and no data set is needed.
 
-    python scripts/make_figures.py outputs/demo
-    python scripts/make_figures.py outputs/demo outputs/certify --output_dir figures
+    python scripts/reports/figures.py outputs/demo
+    python scripts/reports/figures.py outputs/demo outputs/certify --output_dir figures
 
 | file | figure of the paper | from |
 |---|---|---|
@@ -25,10 +25,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from modeling_nim.cli import run_main
 from modeling_nim.robustness import figures
 from modeling_nim.robustness.pictures import load_pictures
 from modeling_nim.robustness.records import read_jsonl
+from modeling_nim.runs.errors import run_main
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -182,7 +182,7 @@ def test_pretrained_directory_remembers_its_degradation(tmp_path):
     [("cpu", 1, 1), ("gpu_1", 1, 1), ("gpu_8_ddp", 1, 8), ("gpu_8_fsdp2", 1, 8), ("nodes_2x8_ddp", 2, 16)],
 )
 def test_launch_configurations_are_understood_by_accelerate(name, machines, processes):
-    config = load_config_from_file(str(Path(__file__).parent.parent / "scripts" / "launch" / f"{name}.yaml"))
+    config = load_config_from_file(str(Path(__file__).parents[2] / "scripts" / "launch" / f"{name}.yaml"))
     assert (config.num_machines, config.num_processes) == (machines, processes)
     assert config.use_cpu == (name == "cpu")
     if name == "gpu_8_fsdp2":

@@ -1,8 +1,8 @@
 """Write the model cards from configurations, recipes and result records; never by hand.
 
-    python scripts/make_cards.py                          # every model_cards/*/card.yaml -> README.md beside it
-    python scripts/make_cards.py --check                  # writes nothing; exit code 1 if a card differs
-    python scripts/make_cards.py --directory outputs/demo/finetune_denoised/purified --name nim-digits \
+    python scripts/reports/cards.py                          # every model_cards/*/card.yaml -> README.md beside it
+    python scripts/reports/cards.py --check                  # writes nothing; exit code 1 if a card differs
+    python scripts/reports/cards.py --directory outputs/demo/finetune_denoised/purified --name nim-digits \
         --summary outputs/demo/summary.json               # prints the card of any model directory
 
 A `card.yaml` says where the facts are, and nothing else; paths are relative to the repository's root:
@@ -37,12 +37,12 @@ from huggingface_hub import EvalResult, ModelCardData
 from transformers import AutoConfig, PreTrainedConfig
 
 import modeling_nim
-from modeling_nim.cli import run_main
-from modeling_nim.files import write_text
-from modeling_nim.training.recipe import load_recipe
+from modeling_nim.runs.errors import run_main
+from modeling_nim.runs.files import write_text
+from modeling_nim.runs.recipe import load_recipe
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = ROOT / "model_cards" / "TEMPLATE.md"
 PAPER = ROOT / "scripts" / "recipes" / "imagenet" / "paper.yaml"
 KINDS = {
@@ -386,7 +386,7 @@ def _results_line(facts: CardFacts, kind: str) -> str:
 
 
 def _paper_rows(systems: Sequence[str]) -> list[dict[str, str]]:
-    """Rows of the paper's Table 1 for the systems named, from the file that also `paper_tables.py` reads."""
+    """Rows of the paper's Table 1 for the systems named, from the file that also `reports/paper_tables.py` reads."""
     if not systems:
         return []
     [table] = [
