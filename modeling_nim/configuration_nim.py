@@ -45,6 +45,7 @@ _PRETRAINING_ONLY = (
     "sigma",
     "norm_pix_loss",
     "patch_statistics",
+    "residual_prediction",
     "mask_ratio",
     "mask_patch_size",
     "use_mask_token",
@@ -75,6 +76,19 @@ def _check_sizes(config: PreTrainedConfig) -> None:
         )
 
 
+def _check_patch_embedding(config: PreTrainedConfig) -> None:
+    """That halving the image step by step reaches one pixel for a patch, and doubling the width the model's width."""
+    if config.patch_embedding == "linear":
+        return
+    steps = config.patch_size.bit_length() - 1
+    if config.patch_size != 1 << steps or steps < 1 or config.hidden_size % (1 << (steps - 1)):
+        raise ValueError(
+            f'patch_embedding="convolutional" halves the image {steps} times and doubles the width from step to step: '
+            f"patch_size {config.patch_size} must be a power of two above 1, and hidden_size {config.hidden_size} a "
+            f"multiple of {1 << max(steps - 1, 0)}"
+        )
+
+
 def _with_encoder_in_auto_map(config_dict: dict[str, Any], encoder: str) -> dict[str, Any]:
     """Lets AutoModel find the encoder of a published pre-training model, for its features."""
     auto_map = config_dict.get("auto_map") or {}
@@ -99,6 +113,12 @@ class NIMConfig(ViTMAEConfig):
             Where the statistics that undo `norm_pix_loss` come from. `"input"` is the authors' code: the un-noised,
             possibly attacked image, so a perturbation of patch means by-passes the noise. `"noisy"` makes the
             reconstruction a function of the noisy image alone, which certification needs.
+        patch_embedding (`"linear"` or `"convolutional"`, *optional*, defaults to `"linear"`):
+            `"linear"` is ViT's projection of patches that do not overlap. `"convolutional"` is a stem of 3x3 convolutions of
+            stride 2 (Xiao et al. 2021), which learns faster from few images; its windows overlap, so it cannot hide patches.
+        residual_prediction (`bool`, *optional*, defaults to `False`):
+            Whether the decoder predicts what to add to the noisy image instead of the clean image (Zhang et al. 2017).
+            Needs `degradation="noise"` and `norm_pix_loss=False`.
         image_mean, image_std (`list[float]`, *optional*, defaults to ImageNet's):
             Normalisation of `pixel_values`; sigma needs it to become a scale of normalised pixels.
     """
@@ -110,6 +130,8 @@ class NIMConfig(ViTMAEConfig):
     degradation: Literal["noise", "mask"] = "noise"
     sigma: str | float | int = "gamma(25, 3)"
     patch_statistics: Literal["input", "noisy"] = "input"
+    patch_embedding: Literal["linear", "convolutional"] = "linear"
+    residual_prediction: bool = False
     image_mean: list[float] | tuple[float, ...] = (0.485, 0.456, 0.406)
     image_std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
 
@@ -123,6 +145,17 @@ class NIMConfig(ViTMAEConfig):
             )
         if self.degradation == "mask" and not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio must be between 0 and 1, got {self.mask_ratio}")
+        _check_patch_embedding(self)
+        if self.degradation == "mask" and self.patch_embedding == "convolutional":
+            raise ValueError(
+                'patch_embedding="convolutional" has no meaning with degradation="mask": its windows overlap, so that '
+                'visible patches would show hidden pixels. Use patch_embedding="linear"'
+            )
+        if self.residual_prediction and (self.degradation == "mask" or self.norm_pix_loss):
+            raise ValueError(
+                'residual_prediction=True adds the noisy image to the prediction: it needs degradation="noise" and '
+                f"norm_pix_loss=False, got degradation={self.degradation!r} and norm_pix_loss={self.norm_pix_loss}"
+            )
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -140,7 +173,7 @@ class NIMConfig(ViTMAEConfig):
 @strict
 class NIMClassifierConfig(PreTrainedConfig):
     r"""
-    Configuration of [`NIMForImageClassification`]: the encoder's fields of [`NIMConfig`], and
+    Configuration of [`NIMForImageClassification`]: the encoder's fields of [`NIMConfig`] (`patch_embedding` too), and
 
     Args:
         drop_path_rate (`float`, *optional*, defaults to 0.0):
@@ -164,12 +197,14 @@ class NIMClassifierConfig(PreTrainedConfig):
     patch_size: int = 16
     num_channels: int = 3
     qkv_bias: bool = True
+    patch_embedding: Literal["linear", "convolutional"] = "linear"
     drop_path_rate: float | int = 0.0
     image_mean: list[float] | tuple[float, ...] = (0.485, 0.456, 0.406)
     image_std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self, **kwargs):
         _check_sizes(self)
+        _check_patch_embedding(self)
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}")
         super().__post_init__(**kwargs)

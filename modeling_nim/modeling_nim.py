@@ -36,7 +36,8 @@ class NIMForPreTrainingOutput(ViTMAEForPreTrainingOutput):
 
     Args:
         loss: scalar; mean squared error over all patches (noise, Eq. 4) or over the hidden ones (mask, Eq. 2).
-        logits: `(B, N, patch * patch * 3)`, the prediction of every patch, normalised per patch with `norm_pix_loss`.
+        logits: `(B, N, patch * patch * 3)`, the prediction of every patch, normalised per patch with `norm_pix_loss`; with
+            `residual_prediction` the degraded image is in it.
         reconstruction: `(B, 3, H, W)`, the prediction as normalised images, not clamped.
         degraded_pixel_values: `(B, 3, H, W)`, what the encoder saw: the noisy images, or the images with a mask in mask mode.
         mask, ids_restore: `(B, N)`, only with `degradation="mask"`: 1 where a patch was hidden; the shuffling's inverse.
@@ -116,8 +117,32 @@ def patch_mean_and_std(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + PATCH_VARIANCE_FLOOR).sqrt()
 
 
+class NIMConvolutionalProjection(nn.Sequential):
+    """Overlapping patches: 3x3 convolutions of stride 2 with GELU between them, until one pixel stands for a patch.
+
+    The width doubles from step to step and ends at `hidden_size`. Takes `(B, C, H, W)`, returns
+    `(B, hidden_size, H / patch, W / patch)` as the linear projection does ("Early Convolutions Help Transformers See
+    Better", Xiao et al. 2021).
+    """
+
+    def __init__(self, num_channels: int, hidden_size: int, patch_size: int):
+        steps = patch_size.bit_length() - 1
+        widths = [num_channels, *(hidden_size >> (steps - 1 - step) for step in range(steps))]
+        layers = []
+        for narrow, wide in zip(widths, widths[1:], strict=False):
+            layers += [nn.Conv2d(narrow, wide, kernel_size=3, stride=2, padding=1), nn.GELU()]
+        super().__init__(*layers[:-1])
+
+
 class NIMEmbeddings(ViTMAEEmbeddings):
     """Patch embeddings plus positions; hides patches only when it is given the order to hide them in."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        if config.patch_embedding == "convolutional":
+            self.patch_embeddings.projection = NIMConvolutionalProjection(
+                config.num_channels, config.hidden_size, config.patch_size
+            )
 
     def forward(
         self,
@@ -272,6 +297,8 @@ class NIMForPreTraining(NIMPreTrainedModel):
         logits = self._decode(encoded.last_hidden_state, encoded.ids_restore)  # (B, N, patch * patch * 3)
 
         target = self.patchify(pixel_values)  # (B, N, patch * patch * 3)
+        if self.config.residual_prediction:
+            logits = logits + self.patchify(degraded)
         predicted = logits
         if self.config.norm_pix_loss:
             noisy_statistics = self.config.patch_statistics == "noisy"
