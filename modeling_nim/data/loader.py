@@ -28,11 +28,15 @@ class CropRecipe:
 
     - `crop: random_resized`: a window of `min_scale`..1 of the area, sides 3:4 to 4:3, resized to the model's size;
     - `crop: padded`: a window of the model's size at a random place of the image with `padding` black pixels around it;
+    - `crop: native`: a window of the model's size at a random place of the image after its shorter side was resized to
+      `shorter_side` pixels (smaller images are enlarged): textures keep their scale, as a purifier of photographs meets
+      them. `shorter_side` must be at least the model's size;
     - `crop: none`: the largest centred square.
     """
 
-    crop: Literal["random_resized", "padded", "none"] = "random_resized"
+    crop: Literal["random_resized", "padded", "native", "none"] = "random_resized"
     min_scale: float = 0.2
+    shorter_side: int = 256
     padding: int = 4
     flip: bool = True
 
@@ -41,6 +45,8 @@ class CropRecipe:
             raise ValueError(f"crop.min_scale must be in (0, 1], got {self.min_scale}")
         if self.padding < 0:
             raise ValueError(f"crop.padding must be >= 0, got {self.padding}")
+        if self.shorter_side < 1:
+            raise ValueError(f"crop.shorter_side must be at least 1 pixel, got {self.shorter_side}")
 
 
 def random_window(
@@ -71,6 +77,18 @@ def random_window(
     return (height - window_height) // 2, (width - window_width) // 2, window_height, window_width
 
 
+def native_window(
+    height: int, width: int, numbers: np.ndarray, image_size: int, shorter_side: int
+) -> tuple[int, int, int, int]:
+    """Top, left, height and width of the pixels that become a window of `image_size` pixels once the shorter side of
+    the image has `shorter_side` pixels.
+
+    It is counted in the image's own pixels, so that only the window is resized. `numbers` end in two uniforms: its place.
+    """
+    side = max(1, round(image_size * min(height, width) / shorter_side))
+    return int(numbers[-2] * (height - side + 1)), int(numbers[-1] * (width - side + 1)), side, side
+
+
 def centre_window(height: int, width: int) -> tuple[int, int, int, int]:
     """The largest centred square: top, left, height, width."""
     side = min(height, width)
@@ -94,6 +112,11 @@ class TrainingImages(Dataset):
         seed: int,
         on_bad_image: str = "raise",
     ):
+        if crop.crop == "native" and crop.shorter_side < image_size:
+            raise ValueError(
+                f"crop.shorter_side {crop.shorter_side} is less than the model's image size {image_size}: no window fits; "
+                f"set crop.shorter_side to {image_size} or more"
+            )
         self.source, self.crop, self.image_size, self.seed = source, crop, image_size, seed
         self.on_bad_image = on_bad_image
 
@@ -149,6 +172,8 @@ class TrainingImages(Dataset):
         def window(height: int, width: int) -> tuple[int, int, int, int]:
             if self.crop.crop == "random_resized":
                 return random_window(height, width, numbers, (self.crop.min_scale, 1.0))
+            if self.crop.crop == "native":
+                return native_window(height, width, numbers, self.image_size, self.crop.shorter_side)
             return centre_window(height, width)
 
         for stored, label, image_id in images:

@@ -42,7 +42,7 @@ class DataRecipe:
     label_column: str = "label"
     validation_fraction: float = 0.0
     split_seed: int = 0
-    # hold the decoded images of a small data set in memory, uint8; they must all have one size
+    # hold the decoded images of a small data set in memory, uint8
     cache_in_memory: bool = False
     # read training data front to back through a shuffle buffer instead of at random, for disks smaller than the data; a
     # resumed run then sees other images than the unbroken one would have
@@ -411,7 +411,7 @@ class SubsetSource(ImageSource):
 
 
 class CachedSource(ImageSource):
-    """A small source decoded once: `pixels` (N, H, W, 3) uint8 and `labels` (N,)."""
+    """A small source decoded once: `pixels` are N arrays (H, W, 3) uint8, `labels` (N,)."""
 
     def __init__(self, source: ImageSource, on_bad_image: str = "raise"):
         self.bad_images = []
@@ -424,17 +424,12 @@ class CachedSource(ImageSource):
                     raise
                 self.bad_images.append(str(error))
                 continue
-            if pixels and image.size != (pixels[0].shape[1], pixels[0].shape[0]):
-                raise ValueError(
-                    f"data.cache_in_memory needs images of one size: {source.image_id(index)!r} has "
-                    f"{image.width}x{image.height} pixels, those before {pixels[0].shape[1]}x{pixels[0].shape[0]}"
-                )
             pixels.append(np.asarray(image))
             labels.append(label)
             kept.append(index)
         if not kept:
             raise ValueError(f"none of {len(source)} images can be read; the first: {self.bad_images[0]}")
-        self.pixels, self.labels = np.stack(pixels), np.asarray(labels)
+        self.pixels, self.labels = pixels, np.asarray(labels)
         self.source, self.kept = source, kept
         self.class_names, self.classes_are_counted = source.class_names, source.classes_are_counted
         self.fingerprint = source.fingerprint

@@ -259,21 +259,23 @@ def test_bad_images_are_replaced_and_named_or_raised(tmp_path):
     assert [item["labels"] for item in items].count(BAD_IMAGE_LABEL) == 4
 
 
-def test_cache_needs_one_size_and_gives_the_same_images(tmp_path):
-    with pytest.raises(ValueError, match="images of one size"):
-        recipe = class_folder(tmp_path)
-        recipe.cache_in_memory = True
-        load_source(recipe, "train")
-    for name, content in BAD_FILES.items():
-        (tmp_path / "train" / "class0" / f"{name}.jpg").write_bytes(content)
-    for image in (tmp_path / "train").rglob("00*.jpg"):
-        image.write_bytes(encoded(photo()))
+def test_cache_gives_the_same_images_of_any_size(tmp_path):
+    recipe = class_folder(tmp_path, 8, BAD_FILES.items())
     recipe.on_bad_image = "skip"
+    plain = load_source(recipe, "train")
+    recipe.cache_in_memory = True
     source = load_source(recipe, "train")
     assert len(source) == 8 and len(source.bad_images) == 4
-    plain, cached = (load_source(DataRecipe(cache_in_memory=cached), "test") for cached in (False, True))
-    assert all((np.asarray(plain[i][0]) == np.asarray(cached[i][0])).all() for i in range(5))
-    assert plain.fingerprint == cached.fingerprint
+    by_name = {plain.image_id(index): index for index in range(len(plain))}
+    for index in range(8):
+        image, label = source[index]
+        expected, expected_label = plain[by_name[source.image_id(index)]]
+        assert image.size == expected.size and (np.asarray(image) == np.asarray(expected)).all()
+        assert label == expected_label
+    assert len({source[index][0].height for index in range(8)}) == 8
+    digits, cached = (load_source(DataRecipe(cache_in_memory=cached), "test") for cached in (False, True))
+    assert all((np.asarray(digits[i][0]) == np.asarray(cached[i][0])).all() for i in range(5))
+    assert digits.fingerprint == cached.fingerprint
 
 
 def test_evaluation_is_the_processors_transform(tmp_path):
@@ -327,6 +329,55 @@ def test_padded_crop_moves_the_image_under_a_black_border():
         assert offsets
         places |= set(offsets)
     assert len(places) > 12
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_native_crop_cuts_windows_of_the_resized_image(cached, tmp_path):
+    (tmp_path / "train" / "photos").mkdir(parents=True)
+    content = encoded(photo(96, 160), "PNG")
+    (tmp_path / "train" / "photos" / "0.png").write_bytes(content)
+    source = load_source(DataRecipe(source="folder", path=str(tmp_path), cache_in_memory=cached), "train")
+    pixels = np.asarray(decode_rgb(content, "x"))
+    images = TrainingImages(source, CropRecipe(crop="native", shorter_side=96, flip=False), 32, seed=0)
+    batch = images.__getitems__([(epoch, 0) for epoch in range(60)])
+    places = set()
+    for window in np.asarray(batch["pixels"]):  # the image has the asked side already: a window is a piece of it
+        found = [
+            (top, left)
+            for top, left in np.argwhere((pixels[:65, :129] == window[0, 0]).all(axis=-1))
+            if (pixels[top : top + 32, left : left + 32] == window).all()
+        ]
+        assert len(found) == 1
+        places |= set(found)
+    tops, lefts = np.array(sorted(places)).T
+    assert len(places) > 55 and tops.min() < 8 and tops.max() > 56 and lefts.min() < 12 and lefts.max() > 116
+
+    # half the side: windows of 64 of the 96 x 160 pixels, each pair of pixels averaged
+    half = TrainingImages(source, CropRecipe(crop="native", shorter_side=48, flip=False), 32, seed=0)
+    (window,) = np.asarray(half.__getitems__([(0, 0)])["pixels"]).astype(int)
+    closest = min(
+        np.abs(pixels[top : top + 64, left : left + 64].reshape(32, 2, 32, 2, 3).mean(axis=(1, 3)) - window).max()
+        for top in range(33)
+        for left in range(97)
+    )
+    assert closest <= 1
+
+
+def test_native_crop_enlarges_small_images_and_names_a_side_too_short():
+    source = load_source(DataRecipe(), "train")
+    enlarged = TrainingImages(source, CropRecipe(crop="native", shorter_side=64, flip=False), 32, 0)
+    (window,) = np.asarray(enlarged.__getitems__([(0, 5)])["pixels"]).astype(int)
+    image = np.asarray(source[5][0].resize((64, 64), Image.Resampling.BICUBIC)).astype(int)
+    differences = {
+        (top, left): np.abs(image[top : top + 32, left : left + 32] - window).mean()
+        for top in range(33)
+        for left in range(33)
+    }
+    assert min(differences.values()) < 4
+    with pytest.raises(ValueError, match="crop.shorter_side 24 is less than the model's image size 32.*32 or more"):
+        TrainingImages(source, CropRecipe(crop="native", shorter_side=24), 32, 0)
+    with pytest.raises(ValueError, match="at least 1 pixel, got 0"):
+        CropRecipe(crop="native", shorter_side=0)
 
 
 def test_order_is_a_function_of_seed_and_step():
