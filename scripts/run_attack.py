@@ -141,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(table(summary["rows"]))
             for alarm in summary["alarms"]:
                 print(f"ALARM {alarm['alarm']} [{alarm['where']}]: {alarm['message']}")
+    records.close()
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -77,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{row['model']}  {row['sigma']:g}  {row['radius_l2']:g}  {row['certified_accuracy']:.1f}  "
                 f"{low:.1f} - {high:.1f}  {row['abstained']:.1f}  {row['num_images']}"
             )
+    records.close()
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

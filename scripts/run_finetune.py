@@ -28,6 +28,7 @@ from modeling_nim.data.evaluation import BAD_IMAGE_LABEL, EvaluationImages, eval
 from modeling_nim.data.loader import CropRecipe, TrainingImages, to_images_01, training_loader
 from modeling_nim.data.randomness import generators, image_seeds
 from modeling_nim.runs.errors import run_main
+from modeling_nim.runs.locks import lock_output_dir
 from modeling_nim.runs.recipe import load_recipe
 from modeling_nim.training.checkpoints import load_newest_checkpoint, save_checkpoint
 from modeling_nim.training.models import (
@@ -137,6 +138,7 @@ def main() -> None:
     set_seed(recipe.seed, device_specific=True)  # from here on: drop path, different in every process
 
     # Where to begin: everything that is random about an image depends on (seed, epoch, image), not on what was before
+    lock_output_dir(accelerator, recipe.output_dir)
     checkpoints = os.path.join(recipe.output_dir, "checkpoints")
     settings = decisive_settings(recipe, plan.global_batch_size, len(source))
     found = load_newest_checkpoint(accelerator, checkpoints, settings, recipe.checkpoints.on_changed_recipe, average)

@@ -20,9 +20,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 
 from ..runs.files import write_bytes, write_json
+from ..runs.locks import lock_directory, unlock_directory
+from ..runs.processes import on_main_process
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ def plan_units(images_per_job: Sequence[int], batch_size: int) -> list[Unit]:
 class RecordFile:
     """`DIR/records.jsonl` (or another `name`), its clock `DIR/seconds.jsonl`, and `DIR/run.json`, the settings.
 
-    `settings` is everything the records depend on. A directory that was made with other settings is refused.
+    `settings` is everything the records depend on. A directory that was made with other settings is refused, and so is one
+    that another run is writing to; `close` gives it up.
     """
 
     def __init__(
@@ -64,23 +67,11 @@ class RecordFile:
         self.directory = Path(directory)
         self.path, self.clock_path = self.directory / f"{name}.jsonl", self.directory / "seconds.jsonl"
         self.units, self.accelerator = units, accelerator
-        self.done = self._on_main(lambda: self._open(settings))
-
-    def _on_main(self, function):
-        """`function()` of the main process, its error included, in every process."""
-        answer: list[Any] = [None, None]
-        if self.accelerator.is_main_process:
-            try:
-                answer[0] = function()
-            except (ValueError, OSError) as error:
-                answer[1] = str(error)
-        broadcast_object_list(answer)
-        if answer[1] is not None:
-            raise ValueError(answer[1])
-        return answer[0]
+        self.done = on_main_process(accelerator, lambda: self._open(settings))
 
     def _open(self, settings: dict[str, Any]) -> int:
         """Number of complete units; what an interrupted write left behind is cut off."""
+        lock_directory(self.directory)
         run_file = self.directory / "run.json"
         settings = json.loads(json.dumps(settings))
         if run_file.exists():
@@ -94,7 +85,6 @@ class RecordFile:
         elif self.path.exists():
             raise ValueError(f"{self.path} exists without a run.json: choose another output_dir, or delete it")
         else:
-            self.directory.mkdir(parents=True, exist_ok=True)
             write_json(run_file, settings)
         if not self.path.exists():
             return 0
@@ -139,7 +129,12 @@ class RecordFile:
 
     def read(self) -> list[dict[str, Any]]:
         """The records so far, in every process."""
-        return self._on_main(lambda: read_jsonl(self.path) if self.path.exists() else [])
+        return on_main_process(self.accelerator, lambda: read_jsonl(self.path) if self.path.exists() else [])
+
+    def close(self) -> None:
+        """Another run may write to the directory. The end of the process does the same."""
+        if self.accelerator.is_main_process:
+            unlock_directory(self.directory)
 
     @property
     def sha256(self) -> str:
