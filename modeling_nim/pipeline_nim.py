@@ -1,13 +1,19 @@
 """The image-classification pipeline of transformers, with the purifier's arguments."""
 
+import base64
+import binascii
+import io
+import os
 from typing import Any
 
+import httpx
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from transformers.image_transforms import to_pil_image
-from transformers.image_utils import load_image
 from transformers.pipelines import PIPELINE_REGISTRY, ImageClassificationPipeline
 
+from .image_processing import rgb_image
 from .noise_nim import denormalize, parse_sigma
 
 
@@ -73,12 +79,16 @@ class NIMImageClassificationPipeline(ImageClassificationPipeline):
         return iterator
 
     def preprocess(self, image, timeout=None, keep_image=False):
-        if not keep_image:
+        if not self.model.config.model_type.startswith("nim"):
             return super().preprocess(image, timeout=timeout)
-        is_array = hasattr(image, "shape")
-        image = to_pil_image(image).convert("RGB") if is_array else load_image(image, timeout=timeout)
-        model_inputs = super().preprocess(image, timeout=timeout)
-        model_inputs["input_image"] = [image]
+        try:
+            image = rgb_image(_opened_image(image, timeout))  # as training and evaluation see it
+        except ValueError as error:
+            named = repr(image[:200]) if isinstance(image, str) else f"of type {type(image).__name__}"
+            raise ValueError(f"cannot read image {named}: {error}") from None
+        model_inputs = super().preprocess(image)
+        if keep_image:
+            model_inputs["input_image"] = [image]
         return model_inputs
 
     def _forward(self, model_inputs, seed=None, return_purified=False, **purifier_arguments):
@@ -113,6 +123,36 @@ class NIMImageClassificationPipeline(ImageClassificationPipeline):
         left, top, right, bottom = _seen_box(shown.size, self.image_processor)
         shown.paste(seen.resize((right - left, bottom - top), Image.Resampling.BICUBIC), (left, top))
         return {"labels": labels, "purified": shown}
+
+
+def _opened_image(source: Any, timeout: float | None) -> Image.Image:
+    """A PIL image of whatever the pipeline takes: a PIL image, an array, a path, a URL, base64.
+
+    The stock loader clips 16-bit and float levels before anyone can look at them.
+    """
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        levels = np.asarray(source.detach().cpu()) if isinstance(source, torch.Tensor) else source
+        if np.issubdtype(levels.dtype, np.floating):
+            if not ((levels >= 0) & (levels <= 1)).all():  # NaN is in no range
+                raise ValueError("an array of floats must hold levels in 0..1; give levels in 0..255 as uint8")
+            levels = np.rint(levels * 255).astype(np.uint8)
+        if levels.dtype != np.uint8:
+            raise ValueError(f"an image array must be uint8 (0..255) or float (0..1), got {levels.dtype}")
+        return to_pil_image(levels)
+    if not isinstance(source, str):
+        raise TypeError(f"an image must be a PIL image, an array, a path, a URL or base64, got {type(source).__name__}")
+    if source.startswith(("http://", "https://")):
+        response = httpx.get(source, timeout=timeout, follow_redirects=True)
+        return Image.open(io.BytesIO(response.raise_for_status().content))
+    if os.path.exists(source):
+        return Image.open(source)
+    try:
+        text = source.split(",")[1] if source.startswith("data:image/") else source
+        return Image.open(io.BytesIO(base64.b64decode("".join(text.split()), validate=True)))
+    except (binascii.Error, ValueError, IndexError, UnidentifiedImageError):
+        raise ValueError("there is no such file, and it is no URL and no base64 of an image") from None
 
 
 def _generators(seeds: list[int]) -> list[torch.Generator]:

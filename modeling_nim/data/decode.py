@@ -10,14 +10,13 @@ import warnings
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from ..image_processing import check_image_size, rgb_image
 
-# Fewer pixels than this on a side hold nothing to reconstruct or to recognise (tracking pixels, broken downloads).
-MIN_SIDE_PIXELS = 8
 
 EXIF_ORIENTATION_TAG = 0x0112
-EXIF_MARKER = b"Exif\x00\x00"
+ORIENTATION_MARKERS = (b"Exif\x00\x00", b"tiff:Orientation")  # the latter in XMP, which Pillow reads as well
 
 cv2.setNumThreads(0)  # the data loader's workers are the parallelism
 
@@ -27,19 +26,16 @@ class BadImageError(ValueError):
 
 
 def decode_rgb(encoded: bytes, image_id: str) -> Image.Image:
-    """Decode with Pillow, rotate as EXIF says, convert to RGB: what `pipeline(...)` does with a file."""
+    """Decode with Pillow and convert as `rgb_image` says: what `pipeline(...)` does with a file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damaged EXIF is not a damaged image; decompression bombs still raise
-            image = Image.open(io.BytesIO(encoded))
-            image = ImageOps.exif_transpose(image).convert("RGB")
+            return rgb_image(Image.open(io.BytesIO(encoded)))
     except Exception as error:  # Pillow's decoders raise whatever the file makes them trip over
-        what = f"{type(error).__name__}: {error}"
+        what = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
         if isinstance(error, UnidentifiedImageError):  # its own message holds an address, another one at every read
             what = "not an image" if encoded else "empty file"
         raise BadImageError(f"cannot read image {image_id!r} ({len(encoded)} bytes): {what}") from None
-    _check_size(image.height, image.width, image_id)
-    return image
 
 
 def decode_window(encoded: bytes, image_id: str, window, size: int) -> np.ndarray:
@@ -55,16 +51,14 @@ def decode_window(encoded: bytes, image_id: str, window, size: int) -> np.ndarra
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
         if colorspace in ("CMYK", "YCCK"):
             raise ValueError("CMYK is left to Pillow")
+        check_image_size(height, width)
         orientation = _exif_orientation(encoded)
-        _check_size(height, width, image_id)
         upright_height, upright_width = (width, height) if orientation >= 5 else (height, width)
         top, left, window_height, window_width = window(upright_height, upright_width)
         shrink = min(window_height, window_width) // size
         factor = 8 if shrink >= 8 else 4 if shrink >= 4 else 2 if shrink >= 2 else 1
         least = {"min_height": height // factor, "min_width": width // factor} if factor > 1 else {}
         pixels = simplejpeg.decode_jpeg(encoded, fastdct=True, **least)
-    except BadImageError:
-        raise
     except ValueError:  # libjpeg stumbled: Pillow has the last word on whether the image is damaged
         return resize_window(np.asarray(decode_rgb(encoded, image_id)), window, size)
     pixels = _upright(pixels, orientation)
@@ -91,14 +85,9 @@ def _resize(pixels: np.ndarray, size: int) -> np.ndarray:
     return cv2.resize(pixels, (size, size), interpolation=how)
 
 
-def _check_size(height: int, width: int, image_id: str) -> None:
-    if min(height, width) < MIN_SIDE_PIXELS:
-        raise BadImageError(f"image {image_id!r} has {width}x{height} pixels, fewer than {MIN_SIDE_PIXELS} on a side")
-
-
 def _exif_orientation(encoded: bytes) -> int:
     """1..8 as the EXIF standard counts them; 1 is upright."""
-    if EXIF_MARKER not in encoded[:4096]:  # the marker segment stands at the front of the file
+    if not any(marker in encoded for marker in ORIENTATION_MARKERS):
         return 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -215,6 +215,54 @@ def test_every_colour_mode_becomes_rgb(mode):
     assert np.abs(fast.astype(int) - reference).mean() < (6 if mode == "P" else 4)  # dithering is all edges
 
 
+RAMP = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM", "JPEG2000"])
+def test_16_bit_grey_keeps_its_ramp(kind):
+    content = encoded(Image.fromarray(RAMP), kind)
+    expected = np.repeat(np.rint(RAMP / 257).astype(np.uint8)[..., None], 3, axis=2)
+    assert (np.asarray(decode_rgb(content, "ramp")) == expected).all()
+    assert (decode_window(content, "ramp", whole, 256) == expected).all()
+
+
+def test_float_levels_are_scaled_or_named():
+    levels = np.linspace(0, 1, 4096, dtype=np.float32).reshape(64, 64)
+    decoded = np.asarray(decode_rgb(encoded(Image.fromarray(levels), "TIFF"), "x"))
+    assert (decoded == np.rint(levels * 255).astype(np.uint8)[..., None]).all()
+    broken = levels.copy()
+    broken[3, 4] = np.nan
+    for bad, words in [
+        (broken, "NaN or infinite"),
+        (np.full_like(levels, np.inf), "NaN or infinite"),
+        (levels * 255, "0 to 255"),
+        (levels - 1, "-1 to 0"),
+        (RAMP.astype(np.int32), "32-bit integers"),
+    ]:
+        content = encoded(Image.fromarray(bad), "TIFF")
+        for decode in (decode_rgb, lambda content, image_id: decode_window(content, image_id, whole, 32)):
+            with pytest.raises(BadImageError, match=f"'odd.tif'.*{words}"):
+                decode(content, "odd.tif")
+
+
+def test_bombs_are_refused_before_they_are_decoded(monkeypatch):
+    content = encoded(photo(60, 80))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    for decode in (decode_rgb, lambda content, image_id: decode_window(content, image_id, whole, 32)):
+        with pytest.raises(BadImageError, match=r"'bomb'.*4800 pixels.*limit of 4000 pixels"):
+            decode(content, "bomb")
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_orientations_in_xmp_turn_the_image_in_both_decoders(orientation):
+    xmp = f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><r tiff:Orientation="{orientation}"/></x:xmpmeta>'.encode()
+    content = encoded(photo(), xmp=xmp)
+    expected = decode_rgb(content, "x")
+    assert expected.size == ((80, 60) if orientation < 5 else (60, 80))
+    fast = decode_window(content, "x", whole, 48)
+    assert np.abs(fast.astype(int) - np.asarray(expected.resize((48, 48), Image.Resampling.BICUBIC))).mean() < 4
+
+
 @pytest.mark.parametrize("side", [200, 700])
 def test_fast_decoding_stays_close_to_bicubic(side):
     content = encoded(photo(side, side))  # 700: decoded at half size

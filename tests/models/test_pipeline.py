@@ -21,6 +21,7 @@ from modeling_nim import (
     NIMPurifiedImageClassification,
     image_processor_for,
 )
+from modeling_nim.data.decode import BadImageError, decode_rgb
 from modeling_nim.noise_nim import denormalize
 
 
@@ -154,6 +155,54 @@ def test_paths_urls_base64_arrays_and_tensors_are_taken(pipe, tmp_path):
             assert result["labels"] == expected["labels"]
             assert np.array_equal(result["purified"], expected["purified"])
         server.shutdown()
+
+
+def test_levels_of_more_bits_are_scaled_as_in_training(pipe, tmp_path):
+    ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    levels = np.rint(ramp / 257).astype(np.uint8)
+    expected = pipe(Image.fromarray(levels).convert("RGB"), seed=1, return_purified=True)
+    for kind in ("png", "tif", "pgm"):
+        Image.fromarray(ramp).save(tmp_path / f"ramp.{kind}")
+        given = str(tmp_path / f"ramp.{kind}")
+        for source in (given, Image.open(given)):
+            result = pipe(source, seed=1, return_purified=True)
+            assert result["labels"] == expected["labels"]
+            assert np.array_equal(result["purified"], expected["purified"])
+    floats = np.repeat((levels / 255)[..., None], 3, axis=2)
+    for array in (floats, torch.from_numpy(floats).permute(2, 0, 1)):
+        assert pipe(array, seed=1) == pipe(floats, seed=1) == expected["labels"]
+
+
+def test_what_the_data_loader_refuses_the_pipeline_refuses(pipe, tmp_path):
+    floats = np.zeros((32, 32), np.float32)
+    floats[0, 0] = np.nan
+    Image.fromarray(floats).save(tmp_path / "nan.tif")
+    Image.new("RGB", (400, 1)).save(tmp_path / "line.png")
+    Image.fromarray(np.full((32, 32), 70000, np.int32)).save(tmp_path / "int.tif")
+    (tmp_path / "text.png").write_text("hello")
+    random_image(64, 64).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:-500])
+    (tmp_path / "folder.png").mkdir()
+    for name, words in [
+        ("nan.tif", "NaN"),
+        ("line.png", "400x1 pixels"),
+        ("int.tif", "32-bit integers"),
+        ("text.png", "cannot identify"),
+        ("cut.jpg", "truncated"),
+        ("folder.png", "directory"),
+        ("none.png", "no such file"),
+    ]:
+        with pytest.raises((ValueError, OSError), match=words):
+            pipe(str(tmp_path / name))
+        if name not in ("folder.png", "none.png"):
+            with pytest.raises(BadImageError):
+                decode_rgb((tmp_path / name).read_bytes(), name)
+    with pytest.raises(ValueError, match="uint8 .* got uint16"):
+        pipe(np.zeros((32, 32, 3), np.uint16))
+    with pytest.raises(ValueError, match="levels in 0..1"):
+        pipe(np.full((32, 32, 3), 200.0))
+    with pytest.raises(TypeError, match="got bytes"):
+        pipe(b"bytes")
 
 
 def test_a_saved_directory_needs_nothing_but_its_path(tmp_path, images):
