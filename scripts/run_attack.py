@@ -10,7 +10,11 @@ Several GPUs: `accelerate launch --num_processes N` splits the images; on CPUs, 
 `seconds.jsonl`, `summary.json`, and with the sections `pictures` and `reconstruction` what `reports/figures.py` draws.
 """
 
-import argparse
+if __name__ == "__main__":
+    from early_help import answer_help
+
+    answer_help(__file__)  # before the imports below, which take seconds
+
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -30,15 +34,11 @@ from modeling_nim.robustness.summary import model_key, summarise, table
 from modeling_nim.robustness.targets import check_classes, check_losses, load_purifier, load_targets, model_hash
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.files import write_json, write_jsonl
-from modeling_nim.runs.recipe import load_recipe
+from modeling_nim.runs.recipe import parse_command_line
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="a YAML file, e.g. scripts/recipes/digits/attack.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces what the recipe says")
-    arguments = parser.parse_args(argv)
-    recipe = load_recipe(arguments.recipe, AttackRunRecipe, arguments.overrides)
+    recipe = parse_command_line(__doc__, AttackRunRecipe, argv)
     accelerator = Accelerator()
     device = accelerator.device
 

@@ -9,7 +9,11 @@ image alone: `patch_statistics: input`, as in the paper's code, is refused. A ru
 `output_dir` receives `run.json`, `certificates.jsonl` (one line per model, sigma and image) and `certified.json` (the table).
 """
 
-import argparse
+if __name__ == "__main__":
+    from early_help import answer_help
+
+    answer_help(__file__)  # before the imports below, which take seconds
+
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,15 +29,11 @@ from modeling_nim.robustness.records import RecordFile, plan_units, read_jsonl, 
 from modeling_nim.robustness.targets import check_classes, load_targets, model_hash
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.files import write_json
-from modeling_nim.runs.recipe import load_recipe
+from modeling_nim.runs.recipe import parse_command_line
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="a YAML file, e.g. scripts/recipes/digits/certify.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces what the recipe says")
-    arguments = parser.parse_args(argv)
-    recipe = load_recipe(arguments.recipe, CertifyRecipe, arguments.overrides)
+    recipe = parse_command_line(__doc__, CertifyRecipe, argv)
     accelerator = Accelerator()
 
     source = load_source(recipe.data, recipe.split)

@@ -11,7 +11,11 @@ classifier sees it. As run_pretrain.py it runs on one machine or many and goes o
     checkpoints/, log.jsonl, recipe.yaml                       as in pre-training
 """
 
-import argparse
+if __name__ == "__main__":
+    from early_help import answer_help
+
+    answer_help(__file__)  # before the imports below, which take seconds
+
 import os
 from dataclasses import dataclass, field
 from typing import Literal
@@ -29,7 +33,7 @@ from modeling_nim.data.loader import CropRecipe, TrainingImages, to_images_01, t
 from modeling_nim.data.randomness import generators, image_seeds
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.locks import lock_output_dir
-from modeling_nim.runs.recipe import load_recipe
+from modeling_nim.runs.recipe import parse_command_line
 from modeling_nim.training.checkpoints import load_newest_checkpoint, save_checkpoint
 from modeling_nim.training.models import (
     draw_degradation,
@@ -103,13 +107,7 @@ class FinetuneRecipe:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="a YAML file, e.g. scripts/recipes/digits/finetune_denoised.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="keys of the recipe with other values"
-    )
-    arguments = parser.parse_args()
-    recipe = load_recipe(arguments.recipe, FinetuneRecipe, arguments.overrides)
+    recipe = parse_command_line(__doc__, FinetuneRecipe)
 
     # The parts
     accelerator = make_accelerator(recipe)

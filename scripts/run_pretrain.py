@@ -12,7 +12,11 @@ current step, with several processes at the next multiple of `logging.every_step
     recipe.yaml                                                the recipe with every default filled in
 """
 
-import argparse
+if __name__ == "__main__":
+    from early_help import answer_help
+
+    answer_help(__file__)  # before the imports below, which take seconds
+
 import os
 from dataclasses import dataclass, field
 
@@ -24,7 +28,7 @@ from modeling_nim.data.loader import CropRecipe, TrainingImages, to_images_01, t
 from modeling_nim.data.randomness import generators, image_seeds
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.locks import lock_output_dir
-from modeling_nim.runs.recipe import load_recipe
+from modeling_nim.runs.recipe import parse_command_line
 from modeling_nim.training.checkpoints import load_newest_checkpoint, save_checkpoint
 from modeling_nim.training.models import (
     ModelRecipe,
@@ -66,13 +70,7 @@ class PretrainRecipe:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="a YAML file, e.g. scripts/recipes/digits/pretrain_nim_mae.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="keys of the recipe with other values"
-    )
-    arguments = parser.parse_args()
-    recipe = load_recipe(arguments.recipe, PretrainRecipe, arguments.overrides)
+    recipe = parse_command_line(__doc__, PretrainRecipe)
 
     # The parts
     accelerator = make_accelerator(recipe)

@@ -1,14 +1,16 @@
 """Recipes: one YAML file per run, read into dataclasses that know every key.
 
-A script declares its recipe as a dataclass whose fields are the recipe's keys and sections, and calls `load_recipe`.
+A script declares its recipe as a dataclass whose fields are the recipe's keys and sections, and calls
+`parse_command_line`. Several files stack: the first is the whole recipe, those after it say what is different.
 Nothing is guessed: an unknown key, a missing one or a value of the wrong type is an error that names it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
+import inspect
+import math
 import os
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -16,33 +18,86 @@ from typing import Any, Literal, TypeVar, Union
 
 import yaml
 
+from .help import RecipeParser
+
 
 T = TypeVar("T")
 
+_MAX_INT = 2**63  # what seeds and tensors hold
 
-def load_recipe(path: str | os.PathLike, schema: type[T], overrides: Sequence[str] = ()) -> T:
-    """Read the YAML file `path` into the dataclass `schema`.
 
-    `overrides` are dotted assignments such as `"data.batch_size=32"` or `"models.0.sigma=30"`; their values are parsed as
-    YAML, and they win over the file. Fields may be `int`, `float`, `str`, `bool`, `Any`, `Literal`, `Optional`/unions,
-    `list[...]`, `dict[str, ...]` and nested dataclasses.
+def parse_command_line(documentation: str, schema: type[T], argv: Sequence[str] | None = None) -> T:
+    """The recipe of a script that is launched as `script.py RECIPE.yaml [MORE.yaml ...] [section.key=value ...]`.
+
+    `argv` are the arguments, None those of the process. `--help` prints the script's `documentation` and every key of
+    `schema`, and exits; `load_recipe` says what else is raised.
+    """
+    module = sys.modules.get(schema.__module__)
+    parser = RecipeParser(documentation, inspect.getsourcefile(module) if module else None, schema.__name__)
+    arguments = parser.parse_args(argv).recipe
+    overrides = [argument for argument in arguments if "=" in argument and not os.path.exists(argument)]
+    paths = [argument for argument in arguments if argument not in overrides]
+    if not paths:
+        raise ValueError(f"name a recipe before {overrides[0]!r}: a YAML file, e.g. one of scripts/recipes/")
+    return load_recipe(paths, schema, overrides)
+
+
+def load_recipe(
+    paths: str | os.PathLike | Sequence[str | os.PathLike], schema: type[T], overrides: Sequence[str] = ()
+) -> T:
+    """Read one YAML file, or several that stack, into the dataclass `schema`.
+
+    Keys of later files win: mappings are merged key by key, everything else (a list too) is replaced. `overrides` are
+    dotted assignments such as `"data.batch_size=32"` or `"models.0.sigma=30"`; their values are parsed as YAML, and they
+    win over the files. Fields may be `int`, `float`, `str`, `bool`, `Any`, `Literal`, `Optional`/unions, `list[...]`,
+    `dict[str, ...]` and nested dataclasses.
 
     Raises FileNotFoundError when there is no such file, and ValueError naming the key, the value and what is expected for
     everything else.
     """
+    values: dict[str, Any] = {}
+    for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
+        values = _merge(values, _read_yaml(path))
+    for override in overrides:
+        _apply_override(values, override)
+    return build_dataclass(schema, values)
+
+
+def _merge(values: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(values)
+    for key, value in later.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if nested else value
+    return merged
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML in which a key that stands twice in one mapping is an error instead of the last one's victory."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key, line = str(key_node.value), key_node.start_mark.line + 1
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"line {line}: key {key!r} stands twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no recipe {str(path)!r}; name a YAML file, e.g. one of scripts/recipes/")
     with open(path, encoding="utf-8") as file:
         try:
-            values = yaml.safe_load(file)
+            values = yaml.load(file, _UniqueKeyLoader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from None
+        except RecursionError:
+            raise ValueError(f"recipe {str(path)!r} is nested too deeply to be read") from None
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ValueError(f"recipe {str(path)!r} must be a mapping of keys to values, got {type(values).__name__}")
-    for override in overrides:
-        _apply_override(values, override)
-    return build_dataclass(schema, values)
+    return values
 
 
 def build_dataclass(schema: type[T], values: dict[str, Any], where: str = "") -> T:
@@ -76,7 +131,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise ValueError(f"override {override!r} is not of the form section.key=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         raise ValueError(f"override {override!r}: the value {text!r} is not valid YAML") from None
     *parents, last = key.split(".")
     node: Any = values
@@ -129,13 +184,17 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         # YAML 1.1 reads 1e-3 (no dot) as a string; a recipe means the number
         if isinstance(value, str):
             try:
-                return float(value)
+                value = float(value)
             except ValueError:
                 pass
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if abs(value) > sys.float_info.max or math.isnan(value):
+                raise ValueError(f"recipe key {where!r} must be a finite number, got {value!r}")
             return float(value)
     elif hint is int:
         if isinstance(value, int) and not isinstance(value, bool):
+            if not -_MAX_INT <= value < _MAX_INT:
+                raise ValueError(f"recipe key {where!r} must fit in 64 bits, got {value!r}")
             return value
     elif isinstance(hint, type) and isinstance(value, hint):
         return value

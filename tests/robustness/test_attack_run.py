@@ -27,6 +27,7 @@ from modeling_nim.robustness.figures import defenses
 from modeling_nim.robustness.pictures import load_pictures
 from modeling_nim.robustness.protocols import AttackRecipe, AttackRunRecipe, resolve
 from modeling_nim.robustness.targets import ClassifierTarget, check_losses
+from modeling_nim.runs.recipe import load_recipe
 
 
 ROOT = Path(__file__).parents[2]
@@ -248,12 +249,11 @@ def test_bad_recipes_are_refused_before_anything_is_written(recipe, models, tmp_
 
 
 def test_every_recipe_of_the_repository_can_be_read():
-    load = reference.load_script("run_attack").load_recipe
     recipes = [*ROOT.glob("scripts/recipes/protocols/*.yaml"), *ROOT.glob("scripts/recipes/digits/attack*.yaml")]
-    assert len(recipes) == 7
+    assert {path.parent.name for path in recipes} == {"protocols", "digits"}
     for path in recipes:
-        assert resolve(load(path, AttackRunRecipe)).attacks
-    assert load(ROOT / "scripts/recipes/digits/certify.yaml", CertifyRecipe).num_draws == 1000
+        assert resolve(load_recipe(path, AttackRunRecipe)).attacks
+    assert load_recipe(ROOT / "scripts/recipes/digits/certify.yaml", CertifyRecipe).num_draws == 1000
 
 
 def test_a_model_for_fewer_classes_than_the_data_have_is_refused(recipe, classifier, tmp_path):

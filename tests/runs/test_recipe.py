@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import pytest
 
-from modeling_nim.runs.recipe import load_recipe, recipe_to_dict
+from modeling_nim.runs.recipe import load_recipe, parse_command_line, recipe_to_dict
 
 
 @dataclass
@@ -64,6 +64,11 @@ def test_override_creates_a_section_left_out(tmp_path):
         ("seed: 1\nsede: 2", (), r"unknown recipe key 'sede' \(did you mean 'seed'\?\); known keys: seed, section"),
         ("seed: 1\nsection: {step: 3}", (), r"'section.step' \(did you mean 'steps'\?\)"),
         ("seed: 1\nparts: [{name: x, sigm: 3}]", (), "'parts.0.sigm'"),
+        ("seed: 1\nsection: {steps: 1, steps: 2}", (), "line 2: key 'steps' stands twice"),
+        ("seed: 1\nsection: {learning_rate: .nan}", (), "'section.learning_rate' must be a finite number, got nan"),
+        ("seed: 1\nsection: {learning_rate: .inf}", (), "'section.learning_rate' must be a finite number, got inf"),
+        ("seed: 18446744073709551616", (), "'seed' must fit in 64 bits"),
+        ("model: " + "{a: " * 5000 + "1" + "}" * 5000, (), "nested too deeply"),
         ("seed: one", (), "'seed' must be int, got 'one'"),
         ("seed: true", (), "'seed' must be int, got True"),
         ("seed: 1\nsection: {compile: 1}", (), "'section.compile' must be bool, got 1"),
@@ -85,3 +90,32 @@ def test_mistakes_are_named(tmp_path, text, overrides, message):
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
         load_recipe(tmp_path / "nowhere.yaml", Recipe)
+
+
+def test_later_files_win_key_by_key_and_replace_lists(tmp_path):
+    (tmp_path / "base.yaml").write_text("seed: 1\nsection: {steps: 5, mode: b}\nparts: [{name: x}, {name: y}]\n")
+    (tmp_path / "full.yaml").write_text("section: {steps: 50}\nparts: [{name: z, sigma: 1}]\n")
+    arguments = [str(tmp_path / "base.yaml"), "seed=2", str(tmp_path / "full.yaml"), "section.learning_rate=0.5"]
+    recipe = parse_command_line("What it does.", Recipe, arguments)
+    assert recipe_to_dict(recipe) == {
+        "seed": 2,
+        "section": {"learning_rate": 0.5, "steps": 50, "mode": "b", "compile": False},
+        "parts": [{"name": "z", "sigma": 1.0}],
+        "path": None,
+        "model": {},
+    }
+
+
+def test_help_of_a_recipe_ends_with_its_keys(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        parse_command_line("What it does.", Recipe, ["--help"])
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    assert text.index("What it does.") < text.index("  seed: int (required)")
+    assert "  section.mode: a | b (default a)" in text
+    assert "  parts.N.sigma: float | str (default 30.0)" in text
+
+
+def test_a_command_line_without_a_recipe_says_so():
+    with pytest.raises(ValueError, match="name a recipe before 'seed=1'"):
+        parse_command_line("What it does.", Recipe, ["seed=1"])

@@ -1,0 +1,36 @@
+"""Answers `--help` before a script imports PyTorch and transformers, which takes seconds: the help is read from its source."""
+
+import argparse
+import ast
+import importlib.util
+import sys
+from pathlib import Path
+
+
+def answer_help(script: str) -> None:
+    """Prints the help of the script and exits, where the command line asks for it; does nothing otherwise.
+
+    The script either takes a recipe, and calls `parse_command_line(__doc__, Schema, ...)`, or has a function
+    `make_parser()` that needs `argparse` alone.
+    """
+    if not {"-h", "--help"} & set(sys.argv[1:]):
+        return
+    tree = ast.parse(Path(script).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "parse_command_line":
+            schema = node.args[1].id
+            _help_module().RecipeParser(ast.get_docstring(tree), script, schema).parse_args(["--help"])
+        if isinstance(node, ast.FunctionDef) and node.name == "make_parser":
+            names = {"argparse": argparse, "__doc__": ast.get_docstring(tree), "Path": Path}
+            exec(compile(ast.Module([node], []), script, "exec"), names)
+            names["make_parser"]().parse_args(["--help"])
+
+
+def _help_module():
+    """`modeling_nim.runs.help` without its package, which imports every model."""
+    path = Path(__file__).resolve().parents[1] / "modeling_nim" / "runs" / "help.py"
+    specification = importlib.util.spec_from_file_location("recipe_help", path)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module  # dataclasses look their module up
+    specification.loader.exec_module(module)
+    return module
