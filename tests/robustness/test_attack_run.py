@@ -356,11 +356,14 @@ def test_the_cost_of_votes_is_measured_on_a_released_model(tmp_path, monkeypatch
     flops = {}
     for votes in (1, 4):
         arguments = ["--model", str(ROOT / "model_cards" / "nim-digits"), "--num_votes", str(votes), "--rounds", "1"]
+        arguments += ["--runtimes", "eager", "onnx"]
         monkeypatch.setattr(sys, "argv", ["purify.py", *arguments, "--output", str(tmp_path / "time.json")])
         reference.load_script("bench/purify").main()
         result = json.loads((tmp_path / "time.json").read_text())
         assert (result["image_size"], result["num_votes"]) == (32, votes)
         assert result["ms_per_image"]["purified"] == result["latency_ms"]["purified"] / result["batch_size"] > 0
+        assert result["latency_ms_by_runtime"]["eager"] == result["latency_ms"]
+        assert result["latency_ms_by_runtime"]["onnx"]["purified"] > 0
         flops[votes] = result["flops_per_image"]
     assert flops[4]["bare"] == flops[1]["bare"]
     assert flops[4]["purified"] == 4 * flops[1]["purified"]
