@@ -1,11 +1,13 @@
 """The optimiser's side of a recipe, value by value."""
 
+import copy
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from conftest import TINY, TINY_DECODER
 from transformers import AutoConfig
 
 from modeling_nim import NIMClassifierConfig, NIMConfig, NIMForImageClassification, NIMForPreTraining, NIMSimMIMConfig
@@ -189,3 +191,47 @@ def test_launch_configurations_are_understood_by_accelerate(name, machines, proc
         layers = {type(module).__name__ for module in make_pretraining_model(ModelRecipe(config=SIZES)).modules()}
         assert config.fsdp_config["fsdp_version"] == 2
         assert config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] in layers
+
+
+def trained_with_muon(steps: int, resume_at: int | None = None) -> list[torch.Tensor]:
+    """The weights after some steps on the same images; at `resume_at` a fresh optimizer goes on from the saved state."""
+    torch.manual_seed(0)
+    model = NIMForPreTraining(NIMConfig(**TINY, **TINY_DECODER))
+    recipe = OptimizationRecipe(batch_size=4, base_learning_rate=1e-2, steps=steps, optimizer="muon")
+    optimizer = make_optimizer(model, recipe)
+    pixel_values = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    for step in range(steps):
+        if step == resume_at:
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer = make_optimizer(model, recipe)
+            optimizer.load_state_dict(state)
+        set_learning_rate(optimizer, 1e-2 / (step + 1))
+        model(pixel_values, sigma=30, generator=torch.Generator().manual_seed(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+def test_muon_moves_the_layers_matrices_and_adamw_the_rest():
+    model = NIMForPreTraining(NIMConfig(**TINY, **TINY_DECODER))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    recipe = OptimizationRecipe(batch_size=4, base_learning_rate=1e-2, steps=1, optimizer="muon")
+    muon, adamw = make_optimizer(model, recipe).parts
+    by_muon = {names[p] for group in muon.param_groups for p in group["params"]}
+    by_adamw = {names[p] for group in adamw.param_groups for p in group["params"]}
+    assert by_muon == {n for p, n in names.items() if p.requires_grad and p.ndim == 2 and "layers." in n}
+    assert by_muon | by_adamw == {n for p, n in names.items() if p.requires_grad} and not by_muon & by_adamw
+    # Muon's step is nearly orthogonal: directions whose gradients differ tenfold move about equally far.
+    weight = model.vit.layers[0].attention.q_proj.weight
+    before = weight.detach().clone()
+    weight.grad = torch.linalg.qr(torch.randn_like(weight)).Q * torch.linspace(1, 10, len(weight))
+    set_learning_rate(muon, 1.0)
+    muon.param_groups[0]["weight_decay"] = 0.0
+    muon.step()
+    moved = torch.linalg.svdvals(before - weight.detach())
+    assert moved.max() / moved.min() < 2
+
+
+def test_muon_goes_on_from_its_saved_state():
+    for whole, resumed in zip(trained_with_muon(4), trained_with_muon(4, resume_at=2), strict=True):
+        assert torch.equal(whole, resumed)
