@@ -25,13 +25,16 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from modeling_nim.data import evaluation_batch, load_source
+from modeling_nim.robustness.cost import cost_table, measure_speed
 from modeling_nim.robustness.draws import evaluation_order
-from modeling_nim.robustness.evaluation import attack_images, cost_table, measure_speed, score_batch
+from modeling_nim.robustness.evaluation import attack_images, score_batch
+from modeling_nim.robustness.jobs import plan_jobs
+from modeling_nim.robustness.loading import check_classes, check_losses, load_purifier, load_targets, model_hash
 from modeling_nim.robustness.pictures import pictured_jobs, reconstruction_records, store_pictures
-from modeling_nim.robustness.protocols import AttackRunRecipe, plan_jobs, resolve
+from modeling_nim.robustness.protocols import resolve
+from modeling_nim.robustness.recipes import AttackRunRecipe
 from modeling_nim.robustness.records import RecordFile, plan_units, read_jsonl, run_settings
 from modeling_nim.robustness.summary import model_key, summarise, table
-from modeling_nim.robustness.targets import check_classes, check_losses, load_purifier, load_targets, model_hash
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.files import write_json, write_jsonl
 from modeling_nim.runs.recipe import parse_command_line

@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from modeling_nim.data import evaluation_batch, load_source
 from modeling_nim.robustness.certification import CertifyRecipe, certified_rows, certify_image, check_certifiable
+from modeling_nim.robustness.cost import measure_speed
 from modeling_nim.robustness.draws import evaluation_order
-from modeling_nim.robustness.evaluation import measure_speed
+from modeling_nim.robustness.loading import check_classes, load_targets, model_hash
 from modeling_nim.robustness.records import RecordFile, plan_units, read_jsonl, run_settings
-from modeling_nim.robustness.targets import check_classes, load_targets, model_hash
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.files import write_json
 from modeling_nim.runs.recipe import parse_command_line

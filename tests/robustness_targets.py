@@ -105,3 +105,15 @@ def images(number: int, low: float = 0.0, high: float = 1.0, seed: int = 0) -> t
 
 def names(number: int) -> list[str]:
     return [f"image/{index}" for index in range(number)]
+
+
+def corner_attack(oracle, images_01, epsilon, steps, share=1.0):
+    """An attack of one's own: brightens every pixel, and asks the oracle as often as it is told to."""
+    for _ in range(steps):
+        oracle.loss(images_01)
+    return (images_01 + share * epsilon).clamp(0, 1)
+
+
+def climbing_loss(logits, labels):
+    """A loss of one's own: the logit of class 2."""
+    return logits[:, 2]

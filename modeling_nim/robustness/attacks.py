@@ -1,161 +1,31 @@
-"""Attacks, batched over images and noise draws; each is a small function of an `Oracle` and [0, 1] images.
+"""The attacks: each is a function of an `Oracle` and [0, 1] images, and one row of `ATTACKS`.
 
-The oracle answers what the threat model lets the attacker ask: losses and gradients, averaged over fresh noise draws
-(expectation over transformation, EOT), in forward passes of at most `micro_batch` rows. Distances are in [0, 1] units here
-(`epsilon` is `epsilon_255 / 255`; its L2 norm likewise).
+The row says in which threat models the attack makes sense, which settings of a recipe it uses and how many gradients it
+takes; label, allowed settings and cost follow from it. A new attack is a function and a row, here; an attack of one's own
+stays outside, as `package.module:function` in a recipe. Distances are in [0, 1] units (`epsilon` is `epsilon_255 / 255`; its
+L2 norm likewise).
 
-Sources: FGSM, Goodfellow et al. 2015; PGD, Madry et al. 2018; EOT, Athalye et al. 2018; APGD and the DLR loss, Croce & Hein
-2020; Square, Andriushchenko et al. 2020. Written from those papers.
+Sources: FGSM, Goodfellow et al. 2015; PGD, Madry et al. 2018; MI-FGSM, Dong et al. 2018; APGD, Croce & Hein 2020; Square,
+Andriushchenko et al. 2020; draws weighted inside EOT, after a finding of DiffHammer (Wang et al. 2024). Written from those
+papers.
 """
 
-from __future__ import annotations
-
+import difflib
+import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 
-from .draws import ATTACK, EVALUATE, SELECT, START, stream_seed
-from .targets import Target
+from .functions import named_function
+from .oracle import Oracle, RowLoss, closeness_to_failing
+from .torchattacks_peer import run_torchattacks, torchattacks_answers, torchattacks_gradients
 
 
 Norm = Literal["linf", "l2"]
-RowLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Losses: (R, num_classes) logits and (R,) labels to (R,); the attacker makes them large.
-
-
-def cross_entropy_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits, labels, reduction="none")
-
-
-def margin_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Best wrong logit minus the right one: positive where the answer is wrong."""
-    right = logits.gather(1, labels[:, None]).squeeze(1)
-    wrong = logits.scatter(1, labels[:, None], -math.inf).amax(dim=1)
-    return wrong - right
-
-
-def dlr_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Difference of logits ratio (Croce & Hein 2020, Eq. 6): a margin that does not change when logits are scaled."""
-    if logits.shape[1] < 3:
-        raise ValueError(f"the DLR loss needs at least 3 classes, the model has {logits.shape[1]}: use the CE loss")
-    ordered = logits.sort(dim=1, descending=True).values
-    return margin_loss(logits, labels) / (ordered[:, 0] - ordered[:, 2] + 1e-12)
-
-
-LOSSES: dict[str, RowLoss] = {"ce": cross_entropy_loss, "dlr": dlr_loss, "margin": margin_loss}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class Oracle:
-    """What an attacker may ask about B images, averaged over `eot_samples` draws of its own.
-
-    Args:
-        forward: `(R, 3, H, W)` images and R draw seeds to `(R, num_classes)` logits.
-        labels: `(B,)`; with `targeted` the classes to be reached.
-        image_ids, seed: name the draws.
-        eot_samples: draws per answer; 1 where there is no randomness.
-        known_draw: every answer uses the one draw that will be scored: what an attacker who knows the noise can do.
-        micro_batch: largest number of rows in one forward pass.
-        row_loss: from logits and labels to one loss per row.
-    """
-
-    def __init__(
-        self,
-        forward: Callable[[torch.Tensor, Sequence[int]], torch.Tensor],
-        labels: torch.Tensor,
-        image_ids: Sequence[str],
-        seed: int,
-        eot_samples: int = 1,
-        known_draw: bool = False,
-        micro_batch: int = 256,
-        row_loss: RowLoss = cross_entropy_loss,
-        targeted: bool = False,
-    ):
-        if eot_samples < 1 or micro_batch < 1:
-            raise ValueError(f"eot_samples and micro_batch must be at least 1, got {eot_samples} and {micro_batch}")
-        self.forward, self.labels, self.image_ids, self.seed = forward, labels, list(image_ids), seed
-        self.eot_samples, self.known_draw, self.micro_batch = eot_samples, known_draw, micro_batch
-        self.row_loss, self.sign = row_loss, -1.0 if targeted else 1.0
-        self.restart = 0
-        self.queries = torch.zeros(len(self.image_ids), dtype=torch.long)
-        self.zero_gradients = torch.zeros(len(self.image_ids), dtype=torch.long)
-
-    def begin(self, restart: int) -> None:
-        """Moves to the noise streams of another restart."""
-        self.restart = restart
-
-    def seeds(self, image: int, draws: range) -> list[int]:
-        if self.known_draw:
-            return [stream_seed(self.seed, self.image_ids[image], EVALUATE, 0)] * len(draws)
-        # every question meets fresh noise: how much the image has been asked before is part of the draw's name
-        name = (self.seed, self.image_ids[image], ATTACK, self.restart, int(self.queries[image]))
-        return [stream_seed(*name, draw) for draw in draws]
-
-    def _groups(self, images: Sequence[int]) -> list[tuple[Sequence[int], range]]:
-        """Cuts images x draws into pieces of at most `micro_batch` rows; draws are cut when one image has too many."""
-        draws = min(self.eot_samples, self.micro_batch)
-        per_group = max(1, self.micro_batch // draws)
-        image_groups = [images[start : start + per_group] for start in range(0, len(images), per_group)]
-        draw_groups = [
-            range(start, min(start + draws, self.eot_samples)) for start in range(0, self.eot_samples, draws)
-        ]
-        return [(group, part) for group in image_groups for part in draw_groups]
-
-    def _losses(self, images_01: torch.Tensor, group: Sequence[int], draws: range) -> torch.Tensor:
-        """`(b, k)` losses of the images of a group."""
-        rows = images_01 if len(draws) == 1 else images_01.repeat_interleave(len(draws), dim=0)  # (b * k, 3, H, W)
-        seeds = [seed for image in group for seed in self.seeds(image, draws)]
-        labels = self.labels[list(group)].repeat_interleave(len(draws))
-        logits = self.forward(rows, seeds).float()
-        return self.sign * self.row_loss(logits, labels).view(len(group), len(draws))
-
-    def gradient(self, images_01: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean loss `(B,)` over the draws and its gradient `(B, 3, H, W)`, exact for these draws."""
-        losses = torch.zeros(len(images_01), device=images_01.device)
-        gradients = torch.zeros_like(images_01)
-        for group, draws in self._groups(range(len(images_01))):
-            piece = slice(group[0], group[-1] + 1)
-            leaf = images_01[piece].detach().requires_grad_()
-            mean = self._losses(leaf, group, draws).sum(dim=1) / self.eot_samples  # (b,)
-            if mean.requires_grad:  # else nothing depends on the images and the gradient is zero
-                gradients[piece] += torch.autograd.grad(mean.sum(), leaf, allow_unused=True, materialize_grads=True)[0]
-            losses[piece] += mean.detach()
-        self.queries += self.eot_samples
-        zero = gradients.flatten(1).abs().amax(dim=1) == 0
-        if self.row_loss is dlr_loss:  # flat, at its largest value, once an attack has gone far enough
-            zero &= losses < 1 - 1e-6
-        self.zero_gradients += zero.cpu()
-        return losses, gradients
-
-    @torch.no_grad()
-    def loss(self, images_01: torch.Tensor, images: Sequence[int] | None = None) -> torch.Tensor:
-        """Mean loss over the draws of `images_01`, which are the oracle's images, or those that `images` numbers."""
-        images = range(len(images_01)) if images is None else images
-        losses = torch.zeros(len(images_01), device=images_01.device)
-        done = 0
-        for group, draws in self._groups(images):
-            piece = slice(done, done + len(group))
-            losses[piece] += self._losses(images_01[piece], group, draws).sum(dim=1) / self.eot_samples
-            done += len(group) if draws.stop == self.eot_samples else 0
-        self.queries[list(images)] += self.eot_samples
-        return losses
-
-    def generators(self, device: torch.device, purpose: str = START) -> list[torch.Generator]:
-        """One generator per image for the attacker's own choices, such as a random start."""
-        seeds = [stream_seed(self.seed, image_id, purpose, self.restart) for image_id in self.image_ids]
-        return [torch.Generator(device).manual_seed(seed) for seed in seeds]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Geometry
 
 
 def project(perturbation: torch.Tensor, epsilon: float, norm: Norm) -> torch.Tensor:
@@ -211,10 +81,6 @@ def average_over_patches(tensor: torch.Tensor, patch_size: int) -> torch.Tensor:
     return F.interpolate(F.avg_pool2d(tensor, patch_size), scale_factor=patch_size, mode="nearest")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Attacks: (oracle, images_01, epsilon, ...) to adversarial images of the same shape
-
-
 def pgd(
     oracle: Oracle,
     images_01: torch.Tensor,
@@ -225,13 +91,14 @@ def pgd(
     from_random_start: bool = True,
     patch_size: int | None = None,
     start_01: torch.Tensor | None = None,
+    weigh: RowLoss | None = None,
 ) -> torch.Tensor:
     """Projected gradient ascent; returns the last iterate.
 
     With `patch_size`, start and steps are constant over each patch, so that the perturbation moves patch means alone: the
     patch-mean attack. Pixels that have met 0 or 1 on the way lag behind their patch; holding them to it as well, by
     clipping the image instead of the iterate, left the same accuracy on digits.
-    `start_01` overrides the start.
+    `start_01` overrides the start; `weigh` weights the draws of each step (`Oracle.gradient`).
     """
     if start_01 is not None:
         adversarial = start_01.clone()
@@ -241,16 +108,33 @@ def pgd(
     else:
         adversarial = images_01.clone()
     for _ in range(steps):
-        gradient = oracle.gradient(adversarial)[1]
+        gradient = oracle.gradient(adversarial, weigh)[1]
         if patch_size is not None:
             gradient = average_over_patches(gradient, patch_size)
         adversarial = _within(images_01, adversarial + alpha * _direction(gradient, norm), epsilon, norm)
     return adversarial
 
 
-def fgsm(oracle: Oracle, images_01: torch.Tensor, epsilon: float) -> torch.Tensor:
+def pgd_weighted(oracle: Oracle, images_01: torch.Tensor, epsilon: float, **settings: Any) -> torch.Tensor:
+    """PGD that climbs on the draws that are about to fail, where the plain mean listens to all draws alike."""
+    return pgd(oracle, images_01, epsilon, weigh=closeness_to_failing, **settings)
+
+
+def fgsm(oracle: Oracle, images_01: torch.Tensor, epsilon: float, norm: Norm = "linf") -> torch.Tensor:
     """One step of full length from the image itself."""
-    return pgd(oracle, images_01, epsilon, alpha=epsilon, steps=1, from_random_start=False)
+    return pgd(oracle, images_01, epsilon, alpha=epsilon, steps=1, norm=norm, from_random_start=False)
+
+
+def mim(
+    oracle: Oracle, images_01: torch.Tensor, epsilon: float, alpha: float, steps: int, norm: Norm = "linf"
+) -> torch.Tensor:
+    """MI-FGSM (Dong et al. 2018, Algorithm 1; decay 1): steps along a running sum of gradients of mean length one."""
+    adversarial, momentum = images_01.clone(), torch.zeros_like(images_01)
+    for _ in range(steps):
+        gradient = oracle.gradient(adversarial)[1]
+        momentum += gradient / gradient.flatten(1).abs().mean(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
+        adversarial = _within(images_01, adversarial + alpha * _direction(momentum, norm), epsilon, norm)
+    return adversarial
 
 
 def apgd(oracle: Oracle, images_01: torch.Tensor, epsilon: float, steps: int, norm: Norm = "linf") -> torch.Tensor:
@@ -313,14 +197,14 @@ def square(
     images_01: torch.Tensor,
     epsilon: float,
     queries: int,
-    stop_when_wrong: bool = False,
+    stop_when_wrong: bool | None = None,
     initial_share: float = 0.8,
 ) -> torch.Tensor:
     """Square attack, L-inf: random squares are kept when they raise the margin loss, averaged over the oracle's draws.
 
     `queries` counts the model's answers per image, every draw of an average included. `stop_when_wrong` ends an image at its
-    first wrong answer. For a randomised model that would reward one lucky draw, so it is for deterministic ones; and there
-    the loss that a square was kept for is the luckiest of many, so it is measured again before anything is compared with it.
+    first wrong answer; None: where the model is not random. A random model would be judged by one lucky draw, so there the
+    attack goes on, and a loss that a square was kept for, the luckiest of many, is measured again before it is compared.
     """
     batch, channels, height, width = images_01.shape
     device = images_01.device
@@ -328,6 +212,8 @@ def square(
     stripes = torch.stack([_random_signs((channels, 1, width), generator) for generator in generators]).to(device)
     adversarial = (images_01 + epsilon * stripes).clamp(0, 1)
     best_loss = oracle.loss(adversarial)
+    if stop_when_wrong is None:
+        stop_when_wrong = not oracle.is_random
     measure_again = not stop_when_wrong
     while True:
         left = oracle.queries <= queries - oracle.eot_samples * (2 if measure_again else 1)
@@ -366,52 +252,113 @@ def _square_side(initial_share: float, progress: float, height: int, width: int)
     return min(max(side, 1), height, width)
 
 
-def choose_worst(
-    oracle: Oracle,
-    forward: Callable[[torch.Tensor, Sequence[int]], torch.Tensor],
-    candidates: list[torch.Tensor],
-    labels: torch.Tensor,
-    num_draws: int,
-) -> torch.Tensor:
-    """Per image, the candidate with the lowest accuracy, and among equals the largest margin loss.
+# ---- the table
 
-    Judged on selection draws, which are neither the attack's nor the ones that will be scored; an attacker who knows the
-    scored draw judges on that.
+
+def _gradients(recipe: Any) -> int:
+    passes = recipe.steps if "steps" in recipe.row.settings else 1
+    return passes * recipe.restarts * recipe.eot_samples * len(recipe.losses)
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One attack.
+
+    - `run(oracle, images_01, epsilon, **settings)` gives adversarial images of the same shape.
+    - `threat_models` in which it makes sense, the usual one first.
+    - `settings`: the keys of `AttackRecipe` that it uses; any other that is set is refused. Those in `KEYWORDS` are
+      arguments of `run`, the others shape the oracle.
+    - `losses`: what is made large where `loss` is no setting; of several, the worst result per image counts.
+    - `sees`: whether the attacker asks the model itself, another one (`source`) or the features of its encoder.
+    - `gradients`, `answers`: gradient rows and forward rows that an `AttackRecipe` costs per image.
+    - `least_steps`; `needs_purifier`: pointless without one; `is_per_image`: images may be left out of a batch.
     """
-    if len(candidates) == 1:
-        return candidates[0]
-    purpose = EVALUATE if oracle.known_draw else SELECT
-    scores = []
-    for candidate in candidates:
-        logits = decide(forward, candidate, oracle.image_ids, oracle.seed, purpose, num_draws, oracle.micro_batch)
-        margins = margin_loss(logits.flatten(0, 1), labels.repeat_interleave(num_draws)).view(len(labels), num_draws)
-        oracle.queries += num_draws
-        wrong = (margins > 0).double().mean(dim=1)
-        scores.append(wrong + 0.5 * torch.sigmoid(margins.double().mean(dim=1)) / num_draws)  # ties by the margin
-    choice = torch.stack(scores).argmax(dim=0)  # (B,)
-    return torch.stack(candidates)[choice, torch.arange(len(labels), device=choice.device)]
+
+    run: Callable[..., torch.Tensor]
+    threat_models: tuple[str, ...]
+    settings: tuple[str, ...]
+    losses: tuple[str, ...] = ("ce",)
+    sees: Literal["model", "source", "features"] = "model"
+    gradients: Callable[[Any], int] = _gradients
+    answers: Callable[[Any], int] = lambda recipe: 0
+    least_steps: int = 1
+    needs_purifier: bool = False
+    is_per_image: bool = True
 
 
-@torch.no_grad()
-def decide(
-    forward: Callable[[torch.Tensor, Sequence[int]], torch.Tensor],
-    images_01: torch.Tensor,
-    image_ids: Sequence[str],
-    seed: int,
-    purpose: str,
-    num_draws: int,
-    micro_batch: int,
-) -> torch.Tensor:
-    """Logits `(B, num_draws, num_classes)` on the draws named by `purpose`, at most `micro_batch` rows at a time."""
-    rows = [(image, draw) for image in range(len(images_01)) for draw in range(num_draws)]
-    pieces = []
-    for start in range(0, len(rows), micro_batch):
-        piece = rows[start : start + micro_batch]
-        seeds = [stream_seed(seed, image_ids[image], purpose, draw) for image, draw in piece]
-        pieces.append(forward(images_01[[image for image, _ in piece]], seeds).float())
-    return torch.cat(pieces).view(len(images_01), num_draws, -1)
+# Settings that are arguments of an attack's function, and their names there.
+KEYWORDS = {"norm": "norm", "steps": "steps", "alpha_255": "alpha", "alpha_ratio": "alpha", "queries": "queries"}
+KEYWORDS |= {"random_start": "from_random_start", "patch_size": "patch_size"}
+
+WHITE_OR_GRAY = ("white_box", "white_box_known_draw", "gray_box")
+_ALPHA = ("alpha_255", "alpha_ratio")
+_APGD = ("norm", "steps", "eot_samples", "restarts")
+_PGD = (*_APGD, *_ALPHA, "random_start", "targeted", "loss")
+_TORCHATTACKS = ("torchattacks_class", "arguments", "steps", *_ALPHA, "queries", "eot_samples")
+
+ATTACKS: dict[str, Attack] = {
+    "fgsm": Attack(fgsm, WHITE_OR_GRAY, ("norm", "eot_samples", "targeted", "loss")),
+    "mim": Attack(mim, WHITE_OR_GRAY, ("norm", "steps", *_ALPHA, "eot_samples", "targeted", "loss")),
+    "pgd": Attack(pgd, WHITE_OR_GRAY, _PGD),
+    "pgd_weighted": Attack(pgd_weighted, WHITE_OR_GRAY, _PGD),
+    "patch_mean": Attack(pgd, WHITE_OR_GRAY, (*_PGD, "patch_size"), needs_purifier=True),
+    "apgd_ce": Attack(apgd, WHITE_OR_GRAY, (*_APGD, "targeted"), least_steps=2),
+    "apgd_dlr": Attack(apgd, WHITE_OR_GRAY, _APGD, losses=("dlr",), least_steps=2),
+    "autoattack_rand": Attack(apgd, WHITE_OR_GRAY, _APGD, losses=("ce", "dlr"), least_steps=2),
+    "features": Attack(pgd, ("gray_box",), ("norm", "steps", "restarts", *_ALPHA), sees="features"),
+    "transfer": Attack(pgd, ("gray_box",), (*_PGD, "source"), sees="source"),
+    "square": Attack(
+        square,
+        ("black_box",),
+        ("queries", "eot_samples"),
+        losses=("margin",),
+        gradients=lambda recipe: 0,
+        answers=lambda recipe: recipe.queries,
+    ),
+    # what its classes ask for is theirs: name black_box for those that need answers alone
+    "torchattacks": Attack(
+        run_torchattacks,
+        (*WHITE_OR_GRAY, "black_box"),
+        _TORCHATTACKS,
+        gradients=torchattacks_gradients,
+        answers=torchattacks_answers,
+        is_per_image=False,
+    ),
+}
 
 
-def target_forward(target: Target) -> Callable[[torch.Tensor, Sequence[int]], torch.Tensor]:
-    """The whole target as a function of images and draw seeds."""
-    return lambda images_01, seeds: target.logits(images_01, target.draw(seeds))
+def find_attack(attack: str | Callable[..., torch.Tensor]) -> Attack:
+    """The row of an attack: of the table, or made from the signature of a function of one's own.
+
+    Such a function is `(oracle, images_01, epsilon, ...)`. Of its further arguments, those that are in the values of
+    `KEYWORDS` are the settings of that name, the rest come from `arguments`.
+    """
+    if attack in ATTACKS:
+        return ATTACKS[attack]
+    if isinstance(attack, str) and ":" not in attack:
+        close = difflib.get_close_matches(attack, ATTACKS, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ValueError(f"unknown attack {attack!r}{hint}; known: {', '.join(ATTACKS)}, or package.module:function")
+    function = named_function(attack, "attack") if isinstance(attack, str) else attack
+    named = tuple(key for key, keyword in KEYWORDS.items() if keyword in inspect.signature(function).parameters)
+    settings = (*named, "eot_samples", "restarts", "targeted", "loss", "arguments")
+    return Attack(function, (*WHITE_OR_GRAY, "black_box"), settings)
+
+
+def check_arguments(row: Attack, arguments: dict[str, Any], who: str) -> None:
+    """ValueError when `arguments` name what the function does not take, or leave out what it cannot do without."""
+    if "arguments" not in row.settings or "torchattacks_class" in row.settings:  # its classes know their own
+        return
+    parameters = inspect.signature(row.run).parameters
+    takes_any = any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    own = {name: item for name, item in list(parameters.items())[3:] if name not in KEYWORDS.values()}
+    unknown = [] if takes_any else sorted(set(arguments) - set(own))
+    if unknown:
+        raise ValueError(f"{who} takes no argument {unknown[0]!r}; its own are {', '.join(own) or 'none'}")
+    for name, item in own.items():
+        if (
+            item.default is item.empty
+            and item.kind not in (item.VAR_KEYWORD, item.VAR_POSITIONAL)
+            and name not in arguments
+        ):
+            raise ValueError(f"{who} needs the argument {name!r}: give it under 'arguments'")

@@ -4,19 +4,16 @@ The smoothing noise is the defence's own noise, so it is added once. The certifi
 noise, at L2 radii in [0, 1] pixel units, with probability 1 - alpha per image.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
-from modeling_nim.data import DataRecipe
-from modeling_nim.noise_nim import normalize, parse_sigma
-
+from ..data import DataRecipe
+from ..noise_nim import normalize, parse_sigma
 from .draws import CERTIFY, distinct_seeds, stream_seed
-from .protocols import ModelRecipe
+from .recipes import EvaluatedModelRecipe
 from .statistics import accuracy_interval, certified_radius
 from .targets import PurifiedTarget, Target
 
@@ -26,7 +23,7 @@ class CertifyRecipe:
     """The recipe of `scripts/run_certify.py`: `num_selection_draws` (n0) choose the class, `num_draws` (n) bound it."""
 
     output_dir: str
-    models: list[ModelRecipe]
+    models: list[EvaluatedModelRecipe]
     data: DataRecipe = field(default_factory=DataRecipe)
     split: Literal["test", "validation", "train"] = "test"
     seed: int = 0

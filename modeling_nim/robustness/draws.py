@@ -5,8 +5,6 @@ never share a draw, and a result does not depend on the batch an image is in, on
 a run was interrupted. The global generators are neither read nor advanced.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 from collections.abc import Iterator

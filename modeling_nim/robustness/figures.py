@@ -1,7 +1,5 @@
 """The paper's figures from records alone; no model, no data set. Each function draws into a new matplotlib figure."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -10,8 +8,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from modeling_nim.noise_nim import parse_sigma
-
+from ..noise_nim import parse_sigma
 from .statistics import accuracy_interval, certified_radius
 from .summary import scores
 

@@ -1,7 +1,5 @@
 """What figures need beyond numbers, stored beside the records so that drawing needs no model."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -12,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from modeling_nim.data import ImageSource, evaluation_batch
-from modeling_nim.noise_nim import normalize
-from modeling_nim.runs.files import write_json
-
+from ..data import ImageSource, evaluation_batch
+from ..noise_nim import normalize
+from ..runs.files import write_json
 from .draws import PICTURE, RECONSTRUCTION, stream_seed
 from .evaluation import attack_images
-from .protocols import Job, PicturesRecipe, ReconstructionRecipe, is_among
+from .jobs import Job, is_among
+from .recipes import PicturesRecipe, ReconstructionRecipe
 from .targets import PurifiedTarget, Target
 
 

@@ -5,8 +5,6 @@ round side by side, the main process writes them in order. So the file is the sa
 in one go or in many.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import importlib.metadata

@@ -1,7 +1,5 @@
 """Intervals and tests; the formulas are scipy's and statsmodels'."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from scipy.stats import norm

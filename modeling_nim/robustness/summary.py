@@ -1,15 +1,12 @@
 """From records to a table, paired comparisons and alarms; nothing here runs a model."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from modeling_nim.noise_nim import parse_sigma
-
+from ..noise_nim import parse_sigma
 from .statistics import accuracy_interval, paired_p_value
 
 

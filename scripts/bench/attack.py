@@ -28,8 +28,10 @@ from modeling_nim import (
     NIMPurifiedImageClassification,
     normalize,
 )
-from modeling_nim.robustness.attacks import Oracle, cross_entropy_loss, pgd, target_forward
-from modeling_nim.robustness.targets import PurifiedTarget, project_patches_by_matrix_product
+from modeling_nim.robustness.attacks import pgd
+from modeling_nim.robustness.loading import project_patches_by_matrix_product
+from modeling_nim.robustness.oracle import Oracle, cross_entropy_loss, target_forward
+from modeling_nim.robustness.targets import PurifiedTarget
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.files import write_json
 from modeling_nim.runs.machine import machine, seconds_of

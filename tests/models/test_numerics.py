@@ -28,7 +28,7 @@ from modeling_nim import (
     denormalize,
     image_processor_for,
 )
-from modeling_nim.robustness import targets
+from modeling_nim.robustness import loading
 from modeling_nim.training import models as training_models
 
 
@@ -326,7 +326,7 @@ def test_transformers_mae_checkpoints_serve_as_purifiers_in_recipes(tmp_path, ro
     if room == "training":
         purifier = training_models.load_purifier(str(tmp_path))
     else:
-        purifier, _ = targets.load_purifier(str(tmp_path), "cpu")
+        purifier, _ = loading.load_purifier(str(tmp_path), "cpu")
     assert isinstance(purifier, NIMForPreTraining) and not any(p.requires_grad for p in purifier.parameters())
     noise = torch.rand(4, 16)
     torch.testing.assert_close(purifier(pixel_values, noise=noise).logits, theirs(pixel_values, noise=noise).logits)

@@ -20,7 +20,7 @@ from modeling_nim import (
     NIMForPreTraining,
     NIMPurifiedImageClassification,
 )
-from modeling_nim.robustness.targets import model_hash
+from modeling_nim.robustness.loading import model_hash
 
 
 ROOT = Path(__file__).parents[2]

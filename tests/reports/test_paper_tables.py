@@ -10,7 +10,8 @@ import pytest
 import reference
 
 from modeling_nim.robustness.certification import CertifyRecipe
-from modeling_nim.robustness.protocols import AttackRunRecipe, resolve
+from modeling_nim.robustness.protocols import resolve
+from modeling_nim.robustness.recipes import AttackRunRecipe
 from modeling_nim.runs.recipe import load_recipe
 from modeling_nim.training.models import make_config
 

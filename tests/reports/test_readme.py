@@ -17,7 +17,7 @@ from modeling_nim import (
     NIMPurifiedImageClassification,
 )
 from modeling_nim.robustness.certification import CertifyRecipe
-from modeling_nim.robustness.protocols import AttackRunRecipe
+from modeling_nim.robustness.recipes import AttackRunRecipe
 from modeling_nim.runs.recipe import load_recipe
 
 

@@ -24,9 +24,11 @@ from modeling_nim import (
 from modeling_nim.image_processing import image_processor_for
 from modeling_nim.robustness.certification import CertifyRecipe
 from modeling_nim.robustness.figures import defenses
+from modeling_nim.robustness.loading import check_losses
 from modeling_nim.robustness.pictures import load_pictures
-from modeling_nim.robustness.protocols import AttackRecipe, AttackRunRecipe, resolve
-from modeling_nim.robustness.targets import ClassifierTarget, check_losses
+from modeling_nim.robustness.protocols import resolve
+from modeling_nim.robustness.recipes import AttackRecipe, AttackRunRecipe
+from modeling_nim.robustness.targets import ClassifierTarget
 from modeling_nim.runs.recipe import load_recipe
 
 
@@ -124,10 +126,11 @@ def test_records_summary_and_figures(recipe, tmp_path, capsys):
         )
     provenance = summary["provenance"]
     assert provenance["data"].startswith("digits:test:360") and len(provenance["models"]["original"]["hash"]) == 64
-    assert provenance["versions"]["torch"] == torch.__version__.split("+")[0] or provenance["versions"]["torch"]
+    assert provenance["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert provenance["device"] == "cpu" and provenance["seeds"] == [0, 1]
     assert provenance["records_sha256"] == hashlib.sha256((tmp_path / "out/records.jsonl").read_bytes()).hexdigest()
-    assert {alarm["alarm"] for alarm in summary["alarms"]} >= {"too_few_images"} or not summary["comparisons"]
+    undecided = [c for c in summary["comparisons"] if c["p_value"] >= 0.05 and len(set(c["accuracy_majority"])) > 1]
+    assert ("too_few_images" in {alarm["alarm"] for alarm in summary["alarms"]}) == bool(undecided)
 
     reference.load_script("reports/figures").main([str(tmp_path / "out")])
     for name in ("panel", "degradations", "models", "sigma_curve", "reconstruction"):
@@ -229,12 +232,21 @@ def test_two_processes_give_the_single_processs_file(recipe, tmp_path):
         ({"models": [{"name": "a", "path": "CLASSIFIER", "sigma": 30}]}, "has no purifier"),
         ({"models": [{"name": "a", "path": "PURIFIED", "sigma": -1}]}, "sigma must be >= 0"),
         ({"models": [{"name": "a", "purifier": "PURIFIED"}]}, "either 'path', or both"),
-        ({"models": [{"name": "a", "purifier": "CLASSIFIER", "classifier": "CLASSIFIER"}]}, "."),
+        ({"models": [{"name": "a", "purifier": "CLASSIFIER", "classifier": "CLASSIFIER"}]}, "model, no purifier"),
         ({"attacks": [{"attack": "square", "threat_models": ["white_box"]}]}, "not defined for threat model"),
         ({"attacks": [{"attack": "transfer", "source": "nobody"}]}, "names model 'nobody'"),
         ({"attacks": [{"attack": "torchattacks", "torchattacks_class": "PDG"}]}, "torchattacks has no class"),
         ({"attacks": []}, "neither a protocol nor attacks"),
         ({"attacks": [{"attack": "pgd", "steps": 0}]}, "steps must be at least 1"),
+        ({"attacks": [{"attack": "pgdd"}]}, "unknown attack 'pgdd' .did you mean 'pgd'"),
+        ({"attacks": [{"attack": "transfer"}]}, "'transfer' needs 'source'"),
+        ({"attacks": [{"attack": "pgd", "loss": "cee"}]}, "unknown loss 'cee'; known: ce, dlr, margin"),
+        ({"attacks": [{"attack": "pgd", "alpha_ratio": 0.0}]}, "alpha_ratio must be a finite number above 0"),
+        ({"attacks": [{"attack": "pgd", "epsilon_255": [float("nan")]}]}, "finite numbers >= 0"),
+        ({"attacks": [{"attack": "pgd", "epsilon_255": [float("inf")]}]}, "finite numbers >= 0"),
+        ({"attacks": [{"attack": "nowhere.to:be_found"}]}, "No module named 'nowhere'"),
+        ({"attacks": [{"attack": "math:fsumm"}]}, "module 'math' has no function 'fsumm'"),
+        ({"epsilon_255": [float("nan")], "protocol": "smoke"}, "finite numbers >= 0"),
         ({"attacks": [{"attack": "apgd_ce", "steps": 1}]}, "steps must be at least 2"),
     ],
 )

@@ -1,5 +1,6 @@
 """Attacks against models whose robust accuracy is known."""
 
+import itertools
 import random
 
 import numpy as np
@@ -8,7 +9,16 @@ import reference
 import torch
 import torchattacks
 from conftest import TINY, TINY_DECODER
-from robustness_targets import LinearTarget, LuckyTarget, NoisyTarget, QuietTarget, RoundingTarget, images, names
+from robustness_targets import (
+    LinearTarget,
+    LuckyTarget,
+    NoisyTarget,
+    QuietTarget,
+    RoundingTarget,
+    corner_attack,
+    images,
+    names,
+)
 
 from modeling_nim import (
     NIMConfig,
@@ -18,24 +28,32 @@ from modeling_nim import (
     NIMSimMIMForPreTraining,
 )
 from modeling_nim.robustness import attacks
-from modeling_nim.robustness.attacks import (
+from modeling_nim.robustness.attacks import ATTACKS
+from modeling_nim.robustness.draws import EVALUATE, evaluation_order, stream_seed
+from modeling_nim.robustness.evaluation import attack_images, score_batch
+from modeling_nim.robustness.jobs import Job
+from modeling_nim.robustness.loading import load_targets, project_patches_by_matrix_product
+from modeling_nim.robustness.oracle import (
     Oracle,
     choose_worst,
+    closeness_to_failing,
     cross_entropy_loss,
     decide,
     dlr_loss,
     margin_loss,
     target_forward,
 )
-from modeling_nim.robustness.draws import EVALUATE, evaluation_order, stream_seed
-from modeling_nim.robustness.evaluation import attack_images, score_batch
-from modeling_nim.robustness.protocols import AttackRecipe, Job, ModelRecipe
-from modeling_nim.robustness.targets import ClassifierTarget, PurifiedTarget, project_patches_by_matrix_product
+from modeling_nim.robustness.recipes import SETTINGS, AttackRecipe, EvaluatedModelRecipe
+from modeling_nim.robustness.targets import ClassifierTarget, PurifiedTarget
 
 
 ALL_ATTACKS = [
     AttackRecipe("fgsm"),
     AttackRecipe("pgd", steps=4, eot_samples=2, restarts=2),
+    AttackRecipe("fgsm", norm="l2"),
+    AttackRecipe("mim", steps=4, eot_samples=2),
+    AttackRecipe("mim", steps=4, norm="l2"),
+    AttackRecipe("pgd_weighted", steps=4, eot_samples=3),
     AttackRecipe("pgd", norm="l2", steps=4),
     AttackRecipe("pgd", steps=3, targeted=True),
     AttackRecipe("pgd", threat_models=["white_box_known_draw"], steps=3),
@@ -127,8 +145,131 @@ def test_results_do_not_depend_on_batch_or_micro_batch(recipe):
     torch.testing.assert_close(alone.adversarial_01, attacked.adversarial_01[4:], atol=1e-6, rtol=0)
 
 
+def test_every_attack_runs_its_own_function():
+    """No two kinds give the same images."""
+    target, x, labels = NoisyTarget(), images(40), torch.arange(40) % 4  # so many that AutoAttack takes some of each
+    made = {}
+    for kind, row in ATTACKS.items():
+        if kind in ("torchattacks", "transfer"):  # the classes of the first have tests of their own, as has the second
+            continue
+        fewer = {"queries": 40} if kind == "square" else {"patch_size": 4} if kind == "patch_mean" else {}
+        settings = {"steps": 5, "eot_samples": 2} if "eot_samples" in row.settings else {"steps": 5}
+        settings = {key: value for key, value in settings.items() if key in row.settings} | fewer
+        recipe = AttackRecipe(kind, threat_models=[row.threat_models[0]], skip_misclassified=False, **settings)
+        made[kind] = attack_and_score(target, recipe, x, labels, 8, num_draws=2)[1].adversarial_01
+    for first, second in itertools.combinations(made, 2):
+        assert not torch.equal(made[first], made[second]), f"{first} and {second} are one attack"
+
+
+@pytest.mark.parametrize("kind", ATTACKS)
+def test_settings_that_an_attack_does_not_use_are_refused(kind):
+    others = {"norm": "l2", "steps": 7, "alpha_255": 1.0, "alpha_ratio": 0.5, "eot_samples": 2, "restarts": 2}
+    others |= {"random_start": False, "targeted": True, "loss": "margin", "queries": 50, "patch_size": 4}
+    others |= {"source": "m", "torchattacks_class": "PGD", "arguments": {"a": 1}}
+    assert set(others) == set(SETTINGS)
+    needed = {"transfer": {"source": "m"}, "torchattacks": {"torchattacks_class": "PGD"}}.get(kind, {})
+    used = set(ATTACKS[kind].settings)
+    for key, value in others.items():
+        if key in used:
+            recipe = AttackRecipe(kind, **(needed | {key: value}))
+            assert getattr(recipe, key) == value
+        else:
+            with pytest.raises(ValueError, match=f"does not use '{key}'"):
+                AttackRecipe(kind, **(needed | {key: value}))
+    # and what is used is written down
+    written = AttackRecipe(kind, **needed).settings(8.0)
+    if kind != "torchattacks":
+        assert used - set(written) <= {"alpha_ratio", "patch_size"} and set(written) - used <= {
+            "implementation",
+            "norm",
+        }
+
+
+def test_settings_that_a_class_of_torchattacks_does_not_use_are_refused():
+    recipe = AttackRecipe("torchattacks", torchattacks_class="FGSM", steps=7)
+    with pytest.raises(ValueError, match="FGSM does not use 'steps'"):
+        recipe.settings(8.0)
+
+
+def test_labels_say_what_sets_attacks_apart():
+    assert AttackRecipe("pgd", steps=40, eot_samples=10, restarts=2, alpha_255=2).label == "pgd-40 eot10 r2 a2"
+    assert AttackRecipe("transfer", steps=5, source="m", loss="margin").label == "transfer-5 from m margin"
+    assert AttackRecipe("square").label == "square q1000" and AttackRecipe("fgsm", norm="l2").label == "fgsm l2"
+    assert AttackRecipe("torchattacks", torchattacks_class="PGD", steps=3).label == "pgd torchattacks"
+    assert AttackRecipe("apgd_ce", targeted=True).label == "apgd_ce-10 targeted"
+    assert AttackRecipe("pgd", loss="robustness_targets:climbing_loss").label == "pgd-10 climbing_loss"
+    assert AttackRecipe("robustness_targets:corner_attack", steps=3).label == "corner_attack-3"
+
+
+def test_mim_is_its_algorithm():
+    target, x, labels = QuietTarget(), images(5, 0.3, 0.7), torch.arange(5) % 4
+    oracle = Oracle(target_forward(target), labels, names(5), seed=0)
+    adversarial = attacks.mim(oracle, x, 8 / 255, 2 / 255, 3)
+    expected, momentum = x.clone(), torch.zeros_like(x)
+    for _ in range(3):
+        leaf = expected.clone().requires_grad_()
+        gradient = torch.autograd.grad(cross_entropy_loss(target.logits(leaf, {}), labels).sum(), leaf)[0]
+        momentum += gradient / gradient.abs().mean(dim=(1, 2, 3), keepdim=True)
+        expected = x + (expected + 2 / 255 * momentum.sign() - x).clamp(-8 / 255, 8 / 255)
+    torch.testing.assert_close(adversarial, expected, atol=1e-6, rtol=0)
+
+
+def test_fgsm_under_l2_is_a_step_of_full_l2_length():
+    target, x = LinearTarget(), images(5, 0.3, 0.7)
+    labels = (target.margin(x) > 0).long()
+    _, attacked = attack_and_score(target, AttackRecipe("fgsm", norm="l2"), x, labels, 40)
+    direction = torch.where(labels == 1, -1.0, 1.0).view(-1, 1, 1, 1) * target.weight / target.weight.norm()
+    torch.testing.assert_close(attacked.adversarial_01, x + 40 / 255 * direction, atol=1e-5, rtol=0)
+
+
+def test_weighted_gradients_are_the_weighted_mean_over_the_named_draws():
+    target, x, labels = NoisyTarget(), images(3), torch.arange(3)
+    for micro_batch in (1, 4, 100):
+        oracle = Oracle(target_forward(target), labels, names(3), seed=0, eot_samples=5, micro_batch=micro_batch)
+        seeds = [oracle.seeds(image, range(5)) for image in range(3)]
+        loss, gradient = oracle.gradient(x, weigh=closeness_to_failing)
+        for image in range(3):
+            leaf = x[image : image + 1].clone().requires_grad_()
+            logits = torch.cat([target.logits(leaf, target.draw([seed])) for seed in seeds[image]]).float()
+            own = labels[image : image + 1].expand(5)
+            share = torch.sigmoid(margin_loss(logits, own)).detach()
+            weights = share * (1 - share) / (share * (1 - share)).sum()
+            mean = (weights * cross_entropy_loss(logits, own)).sum()
+            assert float(loss[image]) == pytest.approx(mean.item(), rel=1e-5)
+            torch.testing.assert_close(gradient[image], torch.autograd.grad(mean, leaf)[0][0], atol=1e-5, rtol=1e-4)
+    hopeless = closeness_to_failing(torch.tensor([[500.0, 0, 0], [0, 500.0, 0], [1, 1, 0]]), torch.tensor([0, 0, 0]))
+    assert (hopeless > 0).all() and hopeless[2] == 0.25  # on the border the weight is largest, and it is never zero
+
+
+def test_an_attack_and_a_loss_of_ones_own():
+    target, x, labels = QuietTarget(), images(6), torch.arange(6) % 4
+    named = AttackRecipe("robustness_targets:corner_attack", steps=2, arguments={"share": 0.5}, loss="margin")
+    records, attacked = attack_and_score(target, named, x, labels, 8)
+    torch.testing.assert_close(attacked.adversarial_01, (x + 0.5 * 8 / 255).clamp(0, 1))
+    assert {record["attack"] for record in records} == {"corner_attack-2 margin"}
+    assert named.settings(8.0)["implementation"] == "robustness_targets:corner_attack"
+    assert named.settings(8.0)["arguments"] == {"share": 0.5}
+    passed = AttackRecipe(corner_attack, steps=2, arguments={"share": 0.5}, loss=margin_loss)
+    assert torch.equal(attack_and_score(target, passed, x, labels, 8)[1].adversarial_01, attacked.adversarial_01)
+    assert passed.settings(8.0)["implementation"] == named.settings(8.0)["implementation"]
+    with pytest.raises(ValueError, match="does not use 'patch_size'"):
+        AttackRecipe("robustness_targets:corner_attack", patch_size=4)
+    with pytest.raises(ValueError, match="takes no argument 'shares'"):
+        AttackRecipe("robustness_targets:corner_attack", arguments={"shares": 0.5})
+    with pytest.raises(ValueError, match="a black box gives no gradients"):
+        recipe = AttackRecipe(attacks.mim, threat_models=["black_box"], skip_misclassified=False)
+        attack_and_score(target, recipe, x, labels, 8)
+    # a loss of one's own is what is climbed
+    recipe = AttackRecipe("pgd", loss="robustness_targets:climbing_loss", random_start=False, alpha_ratio=1.0, steps=1)
+    climbed = attack_and_score(target, recipe, x, labels, 8)[1].adversarial_01
+    leaf = x.clone().requires_grad_()
+    direction = torch.autograd.grad(target.logits(leaf, {})[:, 2].sum(), leaf)[0].sign()
+    torch.testing.assert_close(climbed, (x + 8 / 255 * direction.float()).clamp(0, 1))
+
+
 LINEAR_ATTACKS = [
     AttackRecipe("fgsm"),
+    AttackRecipe("mim", steps=10),
     AttackRecipe("pgd", steps=10),
     AttackRecipe("apgd_ce", steps=20),
     AttackRecipe("torchattacks", torchattacks_class="FGSM"),
@@ -428,9 +569,9 @@ def test_eot_gradients_converge_to_the_expectation_on_the_golden_defence(tmp_pat
                 *heads,
             ]
         )
-    from modeling_nim.robustness.targets import load_targets
-
-    recipe = ModelRecipe("golden", purifier=str(tmp_path / "nim-mae"), classifier=str(tmp_path / "mae"), sigma=30.0)
+    recipe = EvaluatedModelRecipe(
+        "golden", purifier=str(tmp_path / "nim-mae"), classifier=str(tmp_path / "mae"), sigma=30.0
+    )
     (target,), _ = load_targets([recipe], "cpu")
     images_01, labels = torch.rand(2, 3, 32, 32), torch.tensor([0, 1])
 

@@ -9,22 +9,18 @@ from scipy.stats import binom, binomtest
 
 from modeling_nim import NIMPurifiedImageClassification
 from modeling_nim.robustness.certification import certified_rows, check_certifiable, count_votes
+from modeling_nim.robustness.cost import cost_table, measure_speed, seconds_per_image
 from modeling_nim.robustness.draws import distinct_seeds, stream_seed
-from modeling_nim.robustness.evaluation import attack_images, cost_table, measure_speed, score_batch, seconds_per_image
+from modeling_nim.robustness.evaluation import attack_images, score_batch
 from modeling_nim.robustness.figures import accuracy_against_sigma, accuracy_of_models, certified_accuracy
-from modeling_nim.robustness.protocols import (
-    AttackRecipe,
-    AttackRunRecipe,
-    Job,
-    ModelRecipe,
-    plan_jobs,
-    protocol,
-    resolve,
-)
+from modeling_nim.robustness.jobs import Job, plan_jobs
+from modeling_nim.robustness.loading import model_hash
+from modeling_nim.robustness.protocols import protocol, resolve
+from modeling_nim.robustness.recipes import AttackRecipe, AttackRunRecipe, EvaluatedModelRecipe
 from modeling_nim.robustness.records import plan_units
 from modeling_nim.robustness.statistics import accuracy_interval, certified_radius, lower_bound, paired_p_value
 from modeling_nim.robustness.summary import majority_is_right, summarise
-from modeling_nim.robustness.targets import PurifiedTarget, model_hash
+from modeling_nim.robustness.targets import PurifiedTarget
 
 
 def test_intervals():
@@ -364,7 +360,10 @@ def test_protocols_say_what_the_bar_says():
 
 def test_jobs_of_a_plan():
     recipe = AttackRunRecipe(
-        "out", models=[ModelRecipe("noisy", "x"), ModelRecipe("quiet", "y")], protocol="standard", epsilon_255=[8.0]
+        "out",
+        models=[EvaluatedModelRecipe("noisy", "x"), EvaluatedModelRecipe("quiet", "y")],
+        protocol="standard",
+        epsilon_255=[8.0],
     )
     targets = [NoisyTarget(), QuietTarget()]
     plan = resolve(recipe, undefended=["quiet"])
@@ -389,7 +388,7 @@ def test_jobs_of_a_plan():
 def test_settings_that_set_attacks_apart_are_kept_apart_and_written_down():
     recipe = AttackRunRecipe(
         "out",
-        models=[ModelRecipe("quiet", "y")],
+        models=[EvaluatedModelRecipe("quiet", "y")],
         attacks=[
             AttackRecipe("torchattacks", name="short", torchattacks_class="PGD", steps=1),
             AttackRecipe("torchattacks", name="long", torchattacks_class="PGD", steps=50, arguments={"alpha": 0.01}),

@@ -1,0 +1,292 @@
+"""Recipes of the evaluation: an attack, a model to evaluate, a run."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from ..data import DataRecipe
+from ..noise_nim import parse_sigma
+from .attacks import KEYWORDS, Attack, check_arguments, find_attack
+from .functions import function_name, named_function, short_name
+from .oracle import LOSSES, RowLoss
+from .torchattacks_peer import torchattacks_arguments, torchattacks_class
+
+
+ThreatModel = Literal["white_box", "white_box_known_draw", "gray_box", "black_box"]
+
+
+@dataclass
+class AttackRecipe:
+    """One attack; lists multiply.
+
+    - `attack`: a row of `attacks.ATTACKS`, or a function of one's own as `package.module:function` (in Python the function
+      itself), with `arguments`.
+    - `threat_models`: `white_box` (exact gradients through the defence, not the draw), `white_box_known_draw` (the scored
+      draw as well), `gray_box` (the classifier, unaware of the defence), `black_box` (answers only).
+    - `epsilon_255`: of the norm, on 0..255.
+    - `models`, `sigmas`: restrict the attack to these models (by name) and these sigmas of the defended ones.
+    - `num_images`, `seeds`: fewer than the run's.
+    - `skip_misclassified`: images that are wrong without an attack on every selection draw are not attacked; None: where
+      that saves more than finding them costs.
+
+    The settings, of which each attack uses some and refuses the others:
+
+    - `alpha_255`: the step; None means `alpha_ratio` times epsilon.
+    - `eot_samples`: draws averaged in each step. `queries`: Square's budget of answers per image.
+    - `loss`: `ce`, `dlr`, `margin`, or a function of logits and labels as `package.module:function`.
+    - `source`: the model that `transfer` is made on.
+    - `torchattacks_class`, with `arguments` that it knows.
+    """
+
+    attack: str
+    name: str | None = None
+    threat_models: list[ThreatModel] = field(default_factory=list)
+    epsilon_255: list[float] = field(default_factory=lambda: [2.0])
+    norm: Literal["linf", "l2"] = "linf"
+    steps: int = 10
+    alpha_255: float | None = None
+    alpha_ratio: float = 0.25
+    eot_samples: int = 1
+    restarts: int = 1
+    random_start: bool = True
+    targeted: bool = False
+    loss: str = "ce"
+    queries: int = 1000
+    patch_size: int | None = None
+    source: str | None = None
+    torchattacks_class: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    models: list[str] | None = None
+    sigmas: list[float | str] | None = None
+    num_images: int | None = None
+    seeds: list[int] | None = None
+    skip_misclassified: bool | None = None
+
+    def __post_init__(self):
+        row, who = self.row, f"attack {short_name(self.attack)!r}"
+        self.threat_models = self.threat_models or [row.threat_models[0]]
+        for threat in self.threat_models:
+            if threat not in row.threat_models:
+                raise ValueError(f"{who} is not defined for threat model {threat!r}; use one of {row.threat_models}")
+        unused = [key for key in self.changed_settings() if key not in row.settings]
+        if unused:
+            raise ValueError(
+                f"{who} does not use {unused[0]!r}, leave it out; its settings are {', '.join(row.settings)}"
+            )
+        for key in ("eot_samples", "restarts", "queries"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{who}: {key} must be at least 1, got {getattr(self, key)}")
+        if self.steps < row.least_steps:
+            first = "; its first step is a random start" if row.least_steps > 1 else ""
+            raise ValueError(f"{who}: steps must be at least {row.least_steps}, got {self.steps}{first}")
+        if not self.epsilon_255 or not all(0 <= epsilon < math.inf for epsilon in self.epsilon_255):
+            raise ValueError(f"{who}: epsilon_255 must be a list of finite numbers >= 0, got {self.epsilon_255}")
+        for key in ("alpha_255", "alpha_ratio"):
+            value = getattr(self, key)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{who}: {key} must be a finite number above 0, got {value}")
+        if self.norm not in ("linf", "l2"):
+            raise ValueError(f"{who}: norm must be 'linf' or 'l2', got {self.norm!r}")
+        if self.patch_size is not None and self.patch_size < 1:
+            raise ValueError(f"{who}: patch_size must be at least 1, got {self.patch_size}")
+        if self.attack == "square" and self.queries < 2 * self.eot_samples:
+            raise ValueError(f"square: {self.queries} queries allow no proposal with eot_samples {self.eot_samples}")
+        for key in ("source", "torchattacks_class"):
+            if key in row.settings and getattr(self, key) is None:
+                raise ValueError(f"{who} needs {key!r}")
+        check_arguments(row, self.arguments, who)
+        self.losses  # noqa: B018  a loss that does not exist is an error here, not hours later
+
+    @property
+    def row(self) -> Attack:
+        return find_attack(self.attack)
+
+    def changed_settings(self) -> list[str]:
+        """The settings that are not at their defaults."""
+        fields = {item.name: item for item in dataclasses.fields(self)}
+        return [key for key in SETTINGS if getattr(self, key) != _default(fields[key])]
+
+    @property
+    def kind(self) -> str:
+        """What tables call the attack: torchattacks' classes and functions of one's own under their own names."""
+        return self.torchattacks_class.lower() if self.attack == "torchattacks" else short_name(self.attack)
+
+    @property
+    def implementation(self) -> str:
+        if self.attack == "torchattacks":
+            return "torchattacks"
+        name = function_name(self.attack)
+        return name if ":" in name else "nim"
+
+    @property
+    def losses(self) -> tuple[RowLoss, ...]:
+        """The functions that the attack makes large, one after the other."""
+        names = (self.loss,) if "loss" in self.row.settings else self.row.losses
+        return tuple(_find_loss(name) for name in names)
+
+    @property
+    def uses_dlr(self) -> bool:
+        return LOSSES["dlr"] in self.losses
+
+    @property
+    def uses_steps(self) -> bool:
+        return "steps" in self.row.settings and self.attack != "torchattacks"
+
+    @property
+    def label(self) -> str:
+        """`name`, or one made of the settings that set attacks apart."""
+        if self.name is not None:
+            return self.name
+        parts = [self.kind + (f"-{self.steps}" if self.uses_steps else "")]
+        changed = self.changed_settings()
+        for key, text in _LABELS.items():
+            # Square's budget always counts; torchattacks' tables have never named theirs
+            if self.attack == "square" if key == "queries" else key in changed:
+                parts.append(text.format(short_name(getattr(self, key)) if key == "loss" else getattr(self, key)))
+        return " ".join(parts + ["torchattacks"] * (self.attack == "torchattacks"))
+
+    @property
+    def gradients_per_image(self) -> int:
+        """Gradient rows that the attack computes for one image."""
+        return self.row.gradients(self)
+
+    def skips(self, selection_draws: int) -> bool:
+        """Whether images that are wrong anyway are found first and left alone."""
+        if self.skip_misclassified is not None:
+            return self.skip_misclassified
+        passes = max(self.gradients_per_image, self.row.answers(self))
+        return self.row.is_per_image and passes >= 10 * selection_draws
+
+    def alpha(self, epsilon_255: float) -> float:
+        """Step size on 0..255."""
+        return self.alpha_ratio * epsilon_255 if self.alpha_255 is None else self.alpha_255
+
+    def keywords(self, epsilon_255: float, restart: int, patch_size: int | None) -> dict[str, Any]:
+        """The arguments of the attack's function, in [0, 1] units; `patch_size` is the model's, for recipes without one."""
+        if self.attack == "torchattacks":
+            arguments = torchattacks_arguments(self, epsilon_255)
+            return {"attack_class": torchattacks_class(self), "arguments": arguments}
+        values = {
+            "norm": self.norm,
+            "steps": self.steps,
+            "alpha": self.alpha(epsilon_255) / 255,
+            "queries": self.queries,
+            "from_random_start": self.random_start or restart > 0,
+            "patch_size": self.patch_size or patch_size,
+        }
+        return {KEYWORDS[key]: values[KEYWORDS[key]] for key in self.row.settings if key in KEYWORDS} | self.arguments
+
+    def settings(self, epsilon_255: float) -> dict[str, Any]:
+        """What a table's reader must know to repeat the attack."""
+        settings: dict[str, Any] = {"implementation": self.implementation, "norm": self.norm}
+        if self.attack == "torchattacks":
+            return settings | {"class": self.torchattacks_class, "arguments": torchattacks_arguments(self, epsilon_255)}
+        used = [key for key in SETTINGS if key in self.row.settings and key != "alpha_ratio"]
+        settings |= {key: getattr(self, key) for key in used}
+        if "alpha_255" in used:
+            settings["alpha_255"] = self.alpha(epsilon_255)
+        if "loss" in used:
+            settings["loss"] = function_name(self.loss)
+        return {key: value for key, value in settings.items() if value is not None and value != {}}
+
+
+# What an attack may use, in the order in which tables name them.
+SETTINGS = ("norm", "eot_samples", "steps", "restarts", "targeted", "alpha_255", "alpha_ratio", "random_start", "loss")
+SETTINGS += ("queries", "patch_size", "source", "torchattacks_class", "arguments")
+
+# How a setting that is not at its default stands in a label.
+_LABELS = {"queries": "q{}", "source": "from {}", "eot_samples": "eot{}", "restarts": "r{}", "alpha_255": "a{:g}"}
+_LABELS |= {"loss": "{}", "norm": "{}", "targeted": "targeted"}
+
+
+def _default(item: dataclasses.Field) -> Any:
+    return item.default_factory() if item.default is dataclasses.MISSING else item.default
+
+
+def _find_loss(loss: str | Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> RowLoss:
+    if not isinstance(loss, str):
+        return loss
+    if loss not in LOSSES and ":" not in loss:
+        raise ValueError(f"unknown loss {loss!r}; known: {', '.join(LOSSES)}, or package.module:function")
+    return LOSSES[loss] if loss in LOSSES else named_function(loss, "loss")
+
+
+@dataclass
+class EvaluatedModelRecipe:
+    """A model to evaluate: `path` (purified or any transformers image classifier), or `purifier` and `classifier` paths.
+
+    `sigma` of the defence: a number, a specification, or a list of them; None means the model's own.
+    `without_purifier` evaluates the classifier inside a purified model alone.
+    """
+
+    name: str
+    path: str | None = None
+    purifier: str | None = None
+    classifier: str | None = None
+    sigma: float | str | list[float | str] | None = None
+    num_votes: int | None = None
+    without_purifier: bool = False
+
+    def sigmas(self) -> list[float | str | None]:
+        sigmas = self.sigma if isinstance(self.sigma, list) else [self.sigma]
+        for sigma in sigmas:
+            if sigma is not None:
+                parse_sigma(sigma)
+        return sigmas
+
+
+@dataclass
+class PicturesRecipe:
+    """Which images `reports/figures.py` can show: the attack `attack` (a label) at `epsilon_255` on the first images."""
+
+    num_images: int = 6
+    attack: str = "pgd-10"
+    epsilon_255: float = 8.0
+    models: list[str] | None = None
+    sigmas: list[float | str] | None = None
+
+
+@dataclass
+class ReconstructionRecipe:
+    """The pre-training loss of `purifiers` (name: path) against sigma (Figures 3 and 6), on the first `num_images` images."""
+
+    purifiers: dict[str, str]
+    sigmas_255: list[float]
+    num_images: int = 64
+
+
+@dataclass
+class AttackRunRecipe:
+    """The recipe of `scripts/run_attack.py`.
+
+    `protocol` gives attacks, number of images, seeds and draws; `attacks` come on top, and `num_images`, `seeds`,
+    `num_draws`, `epsilon_255` override what the protocol says (`epsilon_255`: its main budgets).
+    `micro_batch` bounds memory: no forward pass has more rows (images x draws x votes).
+    """
+
+    output_dir: str
+    models: list[EvaluatedModelRecipe] = field(default_factory=list)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    split: Literal["test", "validation", "train"] = "test"
+    protocol: Literal["smoke", "paper", "neurips", "standard"] | None = None
+    attacks: list[AttackRecipe] = field(default_factory=list)
+    epsilon_255: list[float] | None = None
+    num_images: int | None = None
+    seeds: list[int] | None = None
+    num_draws: int | None = None
+    batch_size: int = 64
+    micro_batch: int = 256
+    pictures: PicturesRecipe | None = None
+    reconstruction: ReconstructionRecipe | None = None
+
+    def __post_init__(self):
+        for key in ("num_images", "num_draws", "batch_size", "micro_batch"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"{key} must be at least 1, got {value}")
+        if self.seeds == []:
+            raise ValueError("seeds is an empty list; name at least one, such as [0]")
