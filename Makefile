@@ -37,9 +37,10 @@ bench: setup
 	$(BIN)/python scripts/bench/purify.py
 	$(BIN)/python scripts/bench/attack.py
 
-# Cards, the README's tables and those of results/cifar10, from the result files.
+# Cards, code and results of the released models, the README's tables and those of results/cifar10, from the result files.
 cards: setup
 	$(BIN)/python scripts/reports/cards.py
+	$(BIN)/python scripts/releases.py
 	$(BIN)/python scripts/reports/paper_tables.py --dataset cifar10 --output results/cifar10/tables.md
 	$(BIN)/python scripts/reports/readme.py
 

@@ -1,27 +1,32 @@
 """Publish a model directory on the Hub: weights, configuration, image processor, code, card.
 
     python scripts/push_to_hub.py outputs/demo/finetune_denoised/purified org/nim-digits --summary outputs/demo/summary.json
+    python scripts/push_to_hub.py model_cards/nim-cifar10 org/nim-cifar10 --update
 
 The weights go up as safetensors, holding the model's parameters and nothing else. The configuration names the code files
 that go with them, so that `trust_remote_code=True` loads the model where this package is not installed. The card is the
 directory's README.md, or else one written from its configuration and, with --summary, from the results of
-`run_attack.py`. Everything arrives in one commit: an upload that is cut off leaves no part of it behind.
+`run_attack.py`, which go up as `.eval_results/accuracy.yaml` too. Everything arrives in one commit: an upload that is cut
+off leaves no part of it behind.
 
 Log in once with `hf auth login`, or set HF_TOKEN to a token with write access.
 """
 
 import argparse
 import tempfile
+from http import HTTPStatus
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitInfo, HfApi, RepoUrl
 from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
-from reports.cards import card_of_directory
+from releases import RESULTS, results_yaml
+from reports.cards import facts_of_directory, render_card
 from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 
 import modeling_nim
 from modeling_nim.runs.errors import naming_damaged_weights, run_main
+from modeling_nim.runs.files import write_text
 
 
 def load_for_publication(directory: Path) -> PreTrainedModel:
@@ -44,11 +49,59 @@ def load_for_publication(directory: Path) -> PreTrainedModel:
     return model
 
 
+def stage(model: PreTrainedModel, args: argparse.Namespace, staging: Path) -> None:
+    """Puts what is published into the folder `staging`."""
+    if (args.directory / "preprocessor_config.json").is_file():
+        AutoImageProcessor.from_pretrained(args.directory).save_pretrained(staging)
+    model.save_pretrained(staging)
+    card, results = args.directory / "README.md", args.directory / RESULTS
+    if card.is_file() and args.summary is None:
+        text = card.read_text(encoding="utf-8")
+        listed = results.read_text(encoding="utf-8") if results.is_file() else ""
+    else:
+        facts = facts_of_directory(args.directory, args.repo_id, args.summary, args.model)
+        text = render_card(args.repo_id, facts, model.config, root=Path())
+        listed = results_yaml(facts, root=Path())
+    write_text(staging / "README.md", text)
+    if listed:
+        write_text(staging / RESULTS, listed)
+
+
+def upload(args: argparse.Namespace, staging: str) -> tuple[RepoUrl, CommitInfo]:
+    """The repository and the commit in which the folder `staging` went up.
+
+    Raises:
+        FileExistsError: the name is taken, and --update was not given.
+        OSError: the connection broke off.
+    """
+    api = HfApi()
+    try:
+        # Without --update a name that is taken is an error, so that no one's model is overwritten by a slip.
+        url = api.create_repo(args.repo_id, private=args.private or None, exist_ok=args.update)
+        commit = api.upload_folder(repo_id=url.repo_id, folder_path=staging, commit_message=args.message)
+    except HfHubHTTPError as error:
+        if error.response.status_code != HTTPStatus.CONFLICT or args.update:
+            raise  # the Hub has answered, and says what is wrong
+        raise FileExistsError(
+            f"{args.repo_id} exists on {ENDPOINT} already, and nothing was published: pass --update to publish a new "
+            "version of it, or another name"
+        ) from error
+    except HTTPError as error:
+        raise OSError(
+            f"the connection to {ENDPOINT} broke off ({error}); nothing was published. Run the command again, with "
+            "--update if the repository exists by now"
+        ) from error
+    return url, commit
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="a directory that save_pretrained or one of the scripts wrote")
     parser.add_argument("repo_id", help="namespace and name of the repository, such as org/nim-digits")
     parser.add_argument("--summary", type=Path, help="summary.json of run_attack.py, whose numbers go into the card")
+    parser.add_argument(
+        "--model", help="with --summary: what it calls this model, where it has several and none fits by its weights"
+    )
     parser.add_argument(
         "--update", action="store_true", help="publish a new version in a repository that exists already"
     )
@@ -58,29 +111,9 @@ def main() -> None:
 
     model = load_for_publication(args.directory)
     with tempfile.TemporaryDirectory() as staging:
-        if (args.directory / "preprocessor_config.json").is_file():
-            AutoImageProcessor.from_pretrained(args.directory).save_pretrained(staging)
-        model.save_pretrained(staging)
-        card = args.directory / "README.md"
-        if card.is_file() and args.summary is None:
-            text = card.read_text(encoding="utf-8")
-        else:
-            text = card_of_directory(args.directory, args.repo_id, args.summary)
-        (Path(staging) / "README.md").write_text(text, encoding="utf-8")
-
-        api = HfApi()
-        try:
-            # Without --update a name that is taken is an error, so that no one's model is overwritten by a slip.
-            url = api.create_repo(args.repo_id, private=args.private or None, exist_ok=args.update)
-            commit = api.upload_folder(repo_id=url.repo_id, folder_path=staging, commit_message=args.message)
-        except HfHubHTTPError:
-            raise  # the Hub has answered, and says what is wrong
-        except HTTPError as error:
-            raise OSError(
-                f"the connection to {ENDPOINT} broke off ({error}); nothing was published. Run the command again, with "
-                "--update if the repository exists by now"
-            ) from error
-        num_files = len(list(Path(staging).iterdir()))
+        stage(model, args, Path(staging))
+        url, commit = upload(args, staging)
+        num_files = sum(path.is_file() for path in Path(staging).rglob("*"))
     print(f"{num_files} files published at {url}, commit {commit.oid[:8]}")
 
 

@@ -106,7 +106,7 @@ def render_card(name: str, facts: CardFacts, config: PreTrainedConfig, root: Pat
     if summaries and facts.model is None and kind != "denoiser":
         raise ValueError(f"card {name!r}: say with 'model' which rows of {facts.summaries[0]} are this model's")
     rows = [row for summary in summaries for row in summary["rows"]]
-    own = [row for row in rows if _is_own(row, facts)]
+    own = [row for row in rows if is_own(row, facts)]
     if facts.model is not None and not own:
         known = sorted({row["model"] for row in rows})
         raise ValueError(f"card {name!r}: no row is of model {facts.model!r} at sigma {facts.sigma}; models: {known}")
@@ -145,11 +145,18 @@ def render_card(name: str, facts: CardFacts, config: PreTrainedConfig, root: Pat
 def card_of_directory(
     directory: Path, name: str, summary: Path | None = None, model: str | None = None, sigma: float | str | None = None
 ) -> str:
-    """The card of a model directory: its config.json, the recipes saved beside it, and a summary of run_attack.py.
+    """The card of a model directory: its config.json and what `facts_of_directory` finds."""
+    facts = facts_of_directory(directory, name, summary, model, sigma)
+    return render_card(name, facts, AutoConfig.from_pretrained(directory), root=Path())
+
+
+def facts_of_directory(
+    directory: Path, name: str, summary: Path | None = None, model: str | None = None, sigma: float | str | None = None
+) -> CardFacts:
+    """What a card.yaml would say of a model directory: the recipes saved beside it, and a summary of run_attack.py.
 
     `model` may be left out where the summary's rows say by themselves which one is meant: one model, or a hash that fits.
     """
-    config = AutoConfig.from_pretrained(directory)
     recipes = {}
     for folder in (directory, directory.parent):  # a composed model lies inside the classifier's directory
         if (folder / "recipe.yaml").is_file():
@@ -169,7 +176,7 @@ def card_of_directory(
         facts.summaries = [str(summary)]
         if model is None:
             facts.model = _own_name(_read_summary(summary), directory)
-    return render_card(name, facts, config, root=Path())
+    return facts
 
 
 def _own_name(summary: dict[str, Any], directory: Path) -> str:
@@ -204,7 +211,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no summary.json of run_attack.py or run_certify.py: {error}") from None
 
 
-def _is_own(row: dict[str, Any], facts: CardFacts) -> bool:
+def is_own(row: dict[str, Any], facts: CardFacts) -> bool:
     return row["model"] == facts.model and (facts.sigma is None or row["sigma"] == facts.sigma)
 
 
@@ -330,7 +337,7 @@ def _percent(value: float, interval: Sequence[float] | None) -> str:
 
 
 def _table_row(row: dict[str, Any], facts: CardFacts) -> dict[str, str]:
-    name = f"**{row['model']}**" if _is_own(row, facts) else row["model"]
+    name = f"**{row['model']}**" if is_own(row, facts) else row["model"]
     several = row.get("num_draws", 1) > 1
     return {
         "model": name,
@@ -494,10 +501,10 @@ def _metadata(name: str, facts: CardFacts, kind: str, own: list[dict[str, Any]])
             dataset_name=facts.data.name,
             dataset_split=facts.data.split,
             metric_type="accuracy" if row["attack"] == "none" else "robust_accuracy",
-            metric_name=_metric_name(row),
+            metric_name=metric_name(row),
             metric_value=round(row["accuracy"], 2),
             # The client merges all results on one data set: what tells the attacks apart must be the metric's.
-            metric_args=_metric_arguments(row),
+            metric_args=metric_arguments(row),
         )
         for row in own
     ]
@@ -513,14 +520,14 @@ def _metadata(name: str, facts: CardFacts, kind: str, own: list[dict[str, Any]])
     )
 
 
-def _metric_name(row: dict[str, Any]) -> str:
+def metric_name(row: dict[str, Any]) -> str:
     if row["attack"] == "none":
         return "clean accuracy"
     threat = row["threat_model"].replace("_", " ")
     return f"{threat} accuracy, {_attack_text(row)}, eps {_number(row['epsilon_255'])}/255"
 
 
-def _metric_arguments(row: dict[str, Any]) -> dict[str, Any]:
+def metric_arguments(row: dict[str, Any]) -> dict[str, Any]:
     """The attack, the defence's randomness and the interval: what the value means nothing without."""
     arguments = {key: row[key] for key in ("attack", "threat_model", "epsilon_255")}
     if row["sigma"] is not None:

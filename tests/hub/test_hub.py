@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
+from huggingface_hub import parse_eval_result_entries
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from stub_hub import StubHub
@@ -327,12 +329,12 @@ def test_a_cut_update_leaves_the_old_version(push, pushed, impatient):
     assert hub.repositories["org/updated"].sha == before
 
 
-def test_a_taken_name_and_strangers_get_the_hub_s_own_words(push, pushed, capsys):
+def test_a_taken_name_gets_our_words_and_strangers_the_hub_s(push, pushed, capsys):
     directory = pushed["folder"] / "nim-mae"
     before = dict(pushed["hub"].repositories["org/nim-mae"].files)
     assert push(directory, "org/nim-mae") == 2
     error = capsys.readouterr().err
-    assert "409" in error and "You already created this model repo" in error
+    assert "org/nim-mae exists" in error and "pass --update" in error and "409" not in error
     assert pushed["hub"].repositories["org/nim-mae"].files == before
     assert push(directory, "org/new", token=None) == 2
     assert "401" in capsys.readouterr().err
@@ -341,6 +343,22 @@ def test_a_taken_name_and_strangers_get_the_hub_s_own_words(push, pushed, capsys
     assert push(directory, "no good/name") == 2
     assert "Repo id must" in capsys.readouterr().err
     assert not {"org/new", "elsewhere/new"} & set(pushed["hub"].repositories)
+
+
+def test_a_summary_of_several_models_asks_for_a_name_and_its_results_go_up(push, pushed, tmp_path, capsys):
+    row = {"attack": "pgd", "name": "pgd-10", "threat_model": "white_box", "epsilon_255": 8.0, "sigma": 40.0}
+    row |= {"accuracy": 61.25, "ci95": [50.0, 70.0], "num_images": 80, "num_draws": 1, "control_accuracy": 90.0}
+    rows = [row | {"model": "one"}, row | {"model": "two", "accuracy": 33.0, "settings": {"steps": 10}}]
+    summary = tmp_path / "summary.json"
+    summary.write_text(json.dumps({"rows": rows, "alarms": [], "provenance": {}}))
+    directory = pushed["folder"] / "script-purified"
+    assert push(directory, "org/measured", "--summary", summary) == 2
+    assert "['one', 'two']: say with --model" in capsys.readouterr().err
+    assert "org/measured" not in pushed["hub"].repositories
+    assert not push(directory, "org/measured", "--summary", summary, "--model", "two")
+    files = pushed["hub"].repositories["org/measured"].files
+    [entry] = parse_eval_result_entries(yaml.safe_load(files[".eval_results/accuracy.yaml"]))
+    assert (entry.value, entry.task_id) == (33.0, "white_box_accuracy_pgd_10_steps_eps_8_255_80_images")
 
 
 def test_directories_that_cannot_be_published_are_named(push, pushed, tmp_path, capsys):

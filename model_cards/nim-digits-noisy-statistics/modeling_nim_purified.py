@@ -1,0 +1,255 @@
+"""The defended classifier of Eq. 9: degrade, reconstruct, classify, as one model."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForPreTraining,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from .configuration_nim import NIMPurifiedConfig
+from .image_processing import ImageProcessorMixin
+from .modeling_nim import NIMForImageClassification, NIMForPreTraining, classification_loss
+from .modeling_nim_simmim import NIMSimMIMForImageClassification, NIMSimMIMForPreTraining
+from .noise_nim import Generators, denormalize, generators_per_image, normalize
+from .pipeline_nim import NIMImageClassificationPipeline  # noqa: F401  its file must travel with this one to the Hub
+
+
+# By model type, so that the parts are found also where nothing is registered with the Auto classes (remote code).
+_PURIFIERS = {"nim": NIMForPreTraining, "nim_simmim": NIMSimMIMForPreTraining}
+_CLASSIFIERS = {
+    "nim_classifier": NIMForImageClassification,
+    "nim_simmim_classifier": NIMSimMIMForImageClassification,
+}
+
+
+def _build_part(own: dict[str, type[PreTrainedModel]], auto_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
+    return own[config.model_type](config) if config.model_type in own else auto_class.from_config(config)
+
+
+class NIMPurifiedImageClassification(ImageProcessorMixin, PreTrainedModel):
+    r"""
+    An image classifier behind a purifier: `y = c(g(f(x + sigma * epsilon)))` (Eq. 9), differentiable from end to end.
+
+    Images come in normalised for the purifier and in its size; between the parts they are resized and normalised for the
+    classifier. The noise is drawn anew in each call, in evaluation mode too.
+
+    Example:
+
+    ```python
+    >>> from modeling_nim import NIMForImageClassification, NIMForPreTraining, NIMPurifiedImageClassification
+    >>> purifier = NIMForPreTraining.from_pretrained("org/nim-mae-base")
+    >>> classifier = NIMForImageClassification.from_pretrained("org/nim-mae-base-finetuned")
+    >>> model = NIMPurifiedImageClassification.from_parts(purifier, classifier, sigma=30)
+    >>> logits = model(pixel_values, num_votes=8).logits
+    ```
+    """
+
+    config_class = NIMPurifiedConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: NIMPurifiedConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.purifier = _build_part(_PURIFIERS, AutoModelForPreTraining, config.purifier_config)
+        self.classifier = _build_part(_CLASSIFIERS, AutoModelForImageClassification, config.classifier_config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module):
+        """The parts initialise themselves; nothing stands between them."""
+
+    @classmethod
+    def from_parts(
+        cls,
+        purifier: PreTrainedModel,
+        classifier: PreTrainedModel,
+        sigma: str | float | int = 30,
+        num_votes: int = 1,
+        classifier_image_size: int | None = None,
+        classifier_image_mean: Sequence[float] | None = None,
+        classifier_image_std: Sequence[float] | None = None,
+    ) -> "NIMPurifiedImageClassification":
+        r"""
+        Puts any purifier of this package before any image classifier of transformers; the parts are used, not copied.
+
+        Args:
+            purifier: [`NIMForPreTraining`] or [`NIMSimMIMForPreTraining`].
+            classifier: any image classifier of transformers.
+            sigma: scale of the defence's noise on 0..255.
+            num_votes: noise draws whose class probabilities are averaged.
+            classifier_image_size, classifier_image_mean, classifier_image_std: what the classifier expects. Each is looked
+                for, when None, in the classifier's configuration and then in the image processor saved beside its weights.
+
+        Raises:
+            ValueError: the purifier cannot reconstruct images, or the parts differ in their number of channels.
+        """
+        if not hasattr(purifier, "purify"):
+            raise ValueError(
+                f"{type(purifier).__name__} cannot purify: pass a pre-trained model with its decoder, such as NIMForPreTraining"
+            )
+        channels = [getattr(part.config, "num_channels", 3) for part in (purifier, classifier)]
+        if channels[0] != channels[1]:
+            raise ValueError(
+                f"the purifier gives {channels[0]} channels and the classifier takes {channels[1]}: use parts that agree"
+            )
+        found = _image_settings(classifier.config)
+        size = classifier_image_size or found.get("size")
+        mean, std = classifier_image_mean or found.get("mean"), classifier_image_std or found.get("std")
+        if mean is None or std is None:
+            warnings.warn(
+                f"{type(classifier).__name__} does not say how its images are normalised; the purifier's normalisation is "
+                "used. Pass classifier_image_mean and classifier_image_std if the classifier was trained with another.",
+                stacklevel=2,
+            )
+        # Some configurations belong to several classifiers (DeiT's), and this tells which; save_pretrained writes it too.
+        classifier.config.architectures = [type(classifier).__name__]
+        config = NIMPurifiedConfig(
+            purifier_config=purifier.config,
+            classifier_config=classifier.config,
+            sigma=sigma,
+            num_votes=num_votes,
+            classifier_image_size=size,
+            classifier_image_mean=None if mean is None else list(mean),
+            classifier_image_std=None if std is None else list(std),
+        )
+        model = cls._from_built_parts(config, purifier, classifier)
+        return model.train(purifier.training or classifier.training)
+
+    @classmethod
+    def _from_built_parts(cls, config, purifier, classifier) -> "NIMPurifiedImageClassification":
+        with torch.device("meta"):  # the skeleton's own weights are never used
+            model = cls(config)
+        model.purifier, model.classifier = purifier, classifier
+        return model
+
+    def purify(
+        self,
+        pixel_values: torch.Tensor,
+        sigma: str | float | int | torch.Tensor | None = None,
+        epsilon: torch.Tensor | None = None,
+        generator: Generators = None,
+        noise: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        r"""
+        The purifier's `purify` at the defence's sigma.
+
+        Returns:
+            `(B, 3, H, W)`, in the purifier's size and normalisation, clamped to the range of [0, 1] images.
+        """
+        if self._degrades_with_noise:
+            return self.purifier.purify(
+                pixel_values, sigma=self.config.sigma if sigma is None else sigma, epsilon=epsilon, generator=generator
+            )
+        return self.purifier.purify(pixel_values, sigma=sigma, epsilon=epsilon, generator=generator, noise=noise)
+
+    @property
+    def _degrades_with_noise(self) -> bool:
+        return self.config.purifier_config.degradation == "noise"
+
+    def prepare_for_classifier(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        r"""
+        Images in the purifier's size and normalisation to the classifier's, and to its precision; differentiable.
+
+        Without purification in between, this is the gray-box attacker's way into `model.classifier`.
+        """
+        config = self.config
+        size, mean, std = config.classifier_image_size, config.classifier_image_mean, config.classifier_image_std
+        if size is not None and size != pixel_values.shape[-1]:
+            pixel_values = nn.functional.interpolate(
+                pixel_values, size=(size, size), mode="bicubic", align_corners=False, antialias=True
+            )
+        own = (config.image_mean, config.image_std)
+        target = (own[0] if mean is None else list(mean), own[1] if std is None else list(std))
+        if target != own:
+            pixel_values = normalize(denormalize(pixel_values, *own), *target)
+        return pixel_values.to(next((weight.dtype for weight in self.classifier.parameters()), pixel_values.dtype))
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        sigma: str | float | int | torch.Tensor | None = None,
+        epsilon: torch.Tensor | None = None,
+        generator: Generators = None,
+        num_votes: int | None = None,
+        noise: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> ImageClassifierOutput | tuple:
+        r"""
+        Args:
+            pixel_values: `(B, 3, H, W)`, in the purifier's size and normalisation.
+            labels: `(B,)` class indices; adds the cross-entropy as `loss`.
+            sigma: scale of the noise on 0..255, a specification, or one per image; None is the configuration's.
+            epsilon: `(B, 3, H, W)`, or `(B, K, 3, H, W)` for K votes; drawn when None.
+            generator: None is the global RNG; one generator is drawn image by image and within an image vote by vote, so
+                that the answer does not depend on the batch size; a list gives each image its own.
+            num_votes: K noise draws per image; None is the configuration's.
+            noise: `(B, N)`, orders the patches of a purifier with `degradation="mask"`.
+
+        Returns:
+            `ImageClassifierOutput`; with K votes, `logits` `(B, num_labels)` are the log of the mean probabilities.
+
+        Raises:
+            ValueError: `num_votes` below 1, or an epsilon or a sigma that does not fit the images and votes.
+        """
+        votes = self.config.num_votes if num_votes is None else num_votes
+        if votes < 1:
+            raise ValueError(f"num_votes must be at least 1, got {votes}")
+        batch_size = pixel_values.shape[0]
+        if epsilon is not None and epsilon.ndim == 5:
+            if num_votes is not None and epsilon.shape[1] != votes:
+                raise ValueError(f"epsilon holds {epsilon.shape[1]} draws for num_votes={votes}")
+            votes, epsilon = epsilon.shape[1], epsilon.flatten(0, 1)  # (B * K, 3, H, W)
+        elif votes > 1 and (epsilon is not None or noise is not None):
+            raise ValueError(f"num_votes={votes} needs as many draws per image: pass epsilon as (B, {votes}, 3, H, W)")
+        if votes > 1:
+            pixel_values = pixel_values.repeat_interleave(votes, dim=0)  # (B * K, 3, H, W)
+            if isinstance(sigma, torch.Tensor) and sigma.ndim == 1 and sigma.shape[0] == batch_size:
+                sigma = sigma.repeat_interleave(votes)
+            if generator is not None:
+                generator = [g for g in generators_per_image(generator, batch_size) for _ in range(votes)]
+
+        purified = self.purify(pixel_values, sigma=sigma, epsilon=epsilon, generator=generator, noise=noise)
+        logits = self.classifier(self.prepare_for_classifier(purified), **kwargs).logits  # (B * K, num_labels)
+        if votes > 1:
+            log_probabilities = logits.float().log_softmax(dim=-1).view(batch_size, votes, -1)
+            logits = torch.logsumexp(log_probabilities, dim=1) - torch.tensor(float(votes)).log()  # (B, num_labels)
+        output = ImageClassifierOutput(
+            loss=None if labels is None else classification_loss(logits, labels), logits=logits
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+
+def _image_settings(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a classifier says of its images: its own configuration first, then the image processor saved with it."""
+    found = {"size": getattr(config, "image_size", None)}
+    if isinstance(found["size"], (list, tuple)):
+        found["size"] = found["size"][0] if len(set(found["size"])) == 1 else None
+    if getattr(config, "image_mean", None) is not None:
+        return found | {"mean": config.image_mean, "std": config.image_std}
+    if not config.name_or_path:
+        return found
+    try:
+        processor = AutoImageProcessor.from_pretrained(config.name_or_path)
+    except (OSError, ValueError):
+        return found  # weights without a processor; the caller warns
+    crop, size = getattr(processor, "crop_size", None), processor.size
+    side = (crop if crop and getattr(processor, "do_center_crop", False) else size).get("height")
+    if not getattr(processor, "do_normalize", True):
+        return found | {"size": found["size"] or side, "mean": [0.0] * 3, "std": [1.0] * 3}
+    return {"size": found["size"] or side, "mean": processor.image_mean, "std": processor.image_std}

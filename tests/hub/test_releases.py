@@ -1,0 +1,168 @@
+"""The released directories: complete, as a push would make them, and usable where this package is not."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import parse_eval_result_entries
+from PIL import Image
+from reference import load_script
+from safetensors.torch import load_file
+from test_hub import SITE_PACKAGES
+from transformers import AutoImageProcessor, pipeline
+
+import modeling_nim
+
+
+ROOT = Path(__file__).parents[2]
+RELEASED = sorted(path.parent for path in (ROOT / "model_cards").glob("*/config.json"))
+
+
+def config_of(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def is_purified(folder: Path) -> bool:
+    return config_of(folder)["architectures"] == ["NIMPurifiedImageClassification"]
+
+
+PURIFIED = [folder for folder in RELEASED if is_purified(folder)]
+DENOISERS = [folder for folder in RELEASED if "AutoModelForPreTraining" in config_of(folder)["auto_map"]]
+
+
+@pytest.mark.parametrize("folder", RELEASED, ids=lambda folder: folder.name)
+def test_a_released_directory_holds_what_a_pushed_one_holds(folder, tmp_path):
+    model = getattr(modeling_nim, config_of(folder)["architectures"][0]).from_pretrained(folder)
+    model.save_pretrained(tmp_path)
+    pushed = {path.name for path in tmp_path.iterdir()} | {"README.md"}
+    assert pushed == {path.name for path in folder.iterdir()} - {"card.yaml", ".eval_results"}
+    for path in tmp_path.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert (folder / path.name).read_text(encoding="utf-8") == text, f"run `make cards`: {path.name} has changed"
+        assert (ROOT / "modeling_nim" / path.name).read_text(encoding="utf-8") == text
+    for key in ("auto_map", "custom_pipelines"):
+        assert config_of(folder).get(key) == config_of(tmp_path).get(key)
+    weights = load_file(folder / "model.safetensors")
+    assert all(torch.equal(weights[key], value) for key, value in load_file(tmp_path / "model.safetensors").items())
+
+
+# Runs with -I -S and site-packages appended by hand, so that no .pth file can make this package importable.
+CLASSIFY = """
+import json, sys
+sys.path.append(sys.argv[1])
+sys.modules["modeling_nim"] = None
+import torch
+from transformers import AutoImageProcessor, AutoModelForPreTraining, pipeline
+from PIL import Image
+
+answers = {}
+for folder in sys.argv[3:]:
+    config = json.load(open(f"{folder}/config.json"))
+    if "AutoModelForPreTraining" in config["auto_map"]:
+        model = AutoModelForPreTraining.from_pretrained(folder, trust_remote_code=True)
+        processor = AutoImageProcessor.from_pretrained(folder)
+        pixel_values = processor(Image.open(sys.argv[2]), return_tensors="pt")["pixel_values"]
+        purified = model.purify(pixel_values, sigma=30, generator=torch.Generator().manual_seed(0))
+        answers[folder] = purified.double().mean().item()
+    else:
+        pipe = pipeline("image-classification", folder, trust_remote_code=True)
+        assert type(pipe.model).__module__.startswith("transformers_modules."), type(pipe.model)
+        answers[folder] = pipe(sys.argv[2], seed=0)
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """What every released directory answers, by name, in one process that cannot import this package."""
+    cache = tmp_path_factory.mktemp("modules")
+    image = ROOT / "space" / "examples" / "digit-4.png"
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", CLASSIFY, SITE_PACKAGES, image, *RELEASED],
+        env={"HF_MODULES_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
+        cwd=cache,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {Path(folder).name: answer for folder, answer in json.loads(done.stdout.splitlines()[-1]).items()}
+
+
+@pytest.mark.parametrize("folder", PURIFIED, ids=lambda folder: folder.name)
+def test_a_released_classifier_answers_the_same_where_the_package_is_blocked(answers, folder):
+    expected = pipeline("image-classification", str(folder))(str(ROOT / "space/examples/digit-4.png"), seed=0)
+    found = answers[folder.name]
+    assert [entry["label"] for entry in found] == [entry["label"] for entry in expected]
+    assert [entry["score"] for entry in found] == pytest.approx([entry["score"] for entry in expected], abs=1e-5)
+    if "digits" in folder.name:
+        assert found[0]["label"] == "4"
+
+
+@pytest.mark.parametrize("folder", DENOISERS, ids=lambda folder: folder.name)
+def test_a_released_purifier_denoises_and_answers_the_same_where_the_package_is_blocked(answers, folder):
+    model = getattr(modeling_nim, config_of(folder)["architectures"][0]).from_pretrained(folder)
+    image = Image.open(ROOT / "space" / "examples" / "digit-4.png")
+    clean = AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        purified = model.purify(clean, sigma=30, generator=torch.Generator().manual_seed(0))
+    assert answers[folder.name] == pytest.approx(purified.double().mean().item(), abs=1e-5)
+    scale = torch.tensor(model.config.image_std).view(1, -1, 1, 1)
+    residual_255 = 255 * ((purified - clean) * scale).square().mean().sqrt()
+    assert residual_255 < 30  # less than the noise that it was given
+
+
+def test_the_purifier_of_the_digits_is_the_one_inside_the_defended_model():
+    alone = load_file(ROOT / "model_cards" / "nim-mae-digits" / "model.safetensors")
+    composed = load_file(ROOT / "model_cards" / "nim-digits" / "model.safetensors")
+    inside = {key.removeprefix("purifier."): value for key, value in composed.items() if key.startswith("purifier.")}
+    assert alone.keys() == inside.keys()
+    assert all(torch.equal(value, inside[key]) for key, value in alone.items())
+
+
+def clean(rows: list[dict]) -> list[int]:
+    """The image counts of the rows without an attack: several protocols measure the same one."""
+    return [row["num_images"] for row in rows if row["attack"] == "none"]
+
+
+@pytest.mark.parametrize("folder", PURIFIED, ids=lambda folder: folder.name)
+def test_results_for_the_hub_are_the_records(folder):
+    """Parsed back by the Hub's client, each entry is one row of the summaries that the card names."""
+    text = (folder / ".eval_results" / "accuracy.yaml").read_text(encoding="utf-8")
+    entries = parse_eval_result_entries(yaml.safe_load(text))
+    card = yaml.safe_load((folder / "card.yaml").read_text(encoding="utf-8"))
+    rows = [row for path in card["summaries"] for row in json.loads((ROOT / path).read_text())["rows"]]
+    own = [row for row in rows if row["model"] == card["model"] and card.get("sigma", row["sigma"]) == row["sigma"]]
+    own = [
+        row for index, row in enumerate(own) if row["attack"] != "none" or row["num_images"] not in clean(own[:index])
+    ]
+    assert [entry.value for entry in entries] == [round(row["accuracy"], 2) for row in own] != []
+    assert len({entry.task_id for entry in entries}) == len(entries)
+    assert {entry.dataset_id for entry in entries} == {card["data"].get("id") or card["data"]["name"]}
+    for entry, row in zip(entries, own, strict=True):
+        assert f'"epsilon_255": {row["epsilon_255"]}' in entry.notes and f"{row['num_images']} images" in entry.notes
+
+
+def test_every_released_file_is_as_made_and_a_changed_one_is_found(monkeypatch, capsys, tmp_path):
+    releases = load_script("releases")
+    monkeypatch.setattr(sys, "argv", ["releases.py", "--check"])
+    assert releases.main() == 0, capsys.readouterr().out
+    folder = tmp_path / "model_cards" / "nim-mae-digits"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_bytes((ROOT / "model_cards/nim-mae-digits/config.json").read_bytes())
+    (folder / "old.py").write_text("no file of this model")
+    monkeypatch.setattr(releases, "ROOT", tmp_path)
+    assert releases.main() == 1
+    assert "nim-mae-digits/old.py is not as made" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["releases.py"])
+    assert releases.main() == 0
+    assert not (folder / "old.py").exists() and (folder / "noise_nim.py").is_file()
+
+
+def test_the_releases_stay_small():
+    """A clone brings them along."""
+    assert sum(path.stat().st_size for path in (ROOT / "model_cards").rglob("*") if path.is_file()) <= 60e6
