@@ -36,7 +36,6 @@ from modeling_nim.runs.locks import lock_output_dir
 from modeling_nim.runs.recipe import parse_command_line
 from modeling_nim.training.checkpoints import load_newest_checkpoint, save_checkpoint
 from modeling_nim.training.models import (
-    draw_degradation,
     enable_activation_checkpointing,
     load_classifier,
     load_purifier,
@@ -119,7 +118,7 @@ def main() -> None:
     if recipe.purifier:
         purifier = load_purifier(recipe.purifier).to(accelerator.device)
         if recipe.execution.compile:
-            purifier.compile()
+            purifier.reconstruct = torch.compile(purifier.reconstruct)
         purified_model = NIMPurifiedImageClassification.from_parts(purifier, model, recipe.defense_sigma)
     if recipe.execution.attn_implementation:  # of both, once composed: composing sets the attention of its parts
         for part in (purifier, model) if recipe.purifier else (model,):
@@ -170,9 +169,7 @@ def main() -> None:
         pixel_values = normalize(images_01, *statistics)
         if denoise:  # after the augmentation: the defence meets what the classifier will be asked about
             seeds = image_seeds(recipe.seed, *which, "degradation")  # (B,)
-            draws = draw_degradation(
-                input_config, len(seeds), generators(seeds, accelerator.device), accelerator.device, recipe.sigma
-            )
+            draws = purifier.draw(len(seeds), generators(seeds, accelerator.device), recipe.sigma)
             with torch.no_grad(), accelerator.autocast():
                 purified = purified_model.purify(pixel_values, **draws)  # clamped
                 pixel_values = purified_model.prepare_for_classifier(purified)

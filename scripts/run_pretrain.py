@@ -32,7 +32,6 @@ from modeling_nim.runs.recipe import parse_command_line
 from modeling_nim.training.checkpoints import load_newest_checkpoint, save_checkpoint
 from modeling_nim.training.models import (
     ModelRecipe,
-    draw_degradation,
     enable_activation_checkpointing,
     make_pretraining_model,
     save_model_dir,
@@ -76,7 +75,7 @@ def main() -> None:
     accelerator = make_accelerator(recipe)
     set_seed(recipe.seed)
     model = make_pretraining_model(recipe.model)
-    config = model.config
+    config, draw = model.config, model.draw  # outside of the prepared model: a compiled graph holds no random draws
     if recipe.execution.attn_implementation:
         model.set_attn_implementation(recipe.execution.attn_implementation)
     if recipe.execution.gradient_checkpointing:
@@ -107,7 +106,7 @@ def main() -> None:
     for batch in reporter.timed(loader):
         pixel_values = normalize(to_images_01(batch["pixels"]), config.image_mean, config.image_std)  # (B, 3, H, W)
         seeds = image_seeds(recipe.seed, batch["epochs"], batch["indices"], "degradation")  # (B,)
-        draws = draw_degradation(config, len(seeds), generators(seeds, accelerator.device), accelerator.device)
+        draws = draw(len(seeds), generators(seeds, accelerator.device))
         learning_rate = learning_rate_at(step, recipe.optimization, plan)
         set_learning_rate(optimizer, learning_rate)
         with accelerator.accumulate(model):

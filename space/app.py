@@ -134,19 +134,20 @@ class Page:
         images_01 = _images_01(self.processor, image)
         attackers_noise = _generator(seed, "attack")
 
-        def defended(images: torch.Tensor, generator: torch.Generator, num_votes: int) -> torch.Tensor:
+        def defended(images: torch.Tensor, generator: torch.Generator, num_votes: int):
             pixel_values = (images - self.mean) / self.std
-            return self.defended(pixel_values, sigma=sigma_255, generator=generator, num_votes=num_votes).logits
+            return self.defended(pixel_values, sigma=sigma_255, generator=generator, num_votes=num_votes)
 
-        attacked_01 = pgd(lambda x: defended(x, attackers_noise, 1), images_01, epsilon, _generator(seed, "start"))
+        attacked_01 = pgd(
+            lambda x: defended(x, attackers_noise, 1).logits, images_01, epsilon, _generator(seed, "start")
+        )
         with torch.no_grad():
-            before = [self.undefended(bare_01), defended(images_01, _generator(seed, "defence"), votes)]
-            after = [self.undefended(bare_attacked_01), defended(attacked_01, _generator(seed, "defence"), votes)]
-            # The first of the draws that were classified: the same generator, from its beginning.
-            noise = torch.randn(images_01.shape, generator=_generator(seed, "defence"))  # (1, 3, H, W)
-            noisy_01 = attacked_01 + sigma_255 / 255 * noise
-            purified = self.defended.purify((attacked_01 - self.mean) / self.std, sigma=sigma_255, epsilon=noise)
-        shown = [bare_01, bare_attacked_01, images_01, attacked_01, noisy_01, purified * self.std + self.mean]
+            clean, attacked = (defended(x, _generator(seed, "defence"), votes) for x in (images_01, attacked_01))
+            before = [self.undefended(bare_01), clean.logits]
+            after = [self.undefended(bare_attacked_01), attacked.logits]
+        # The first of the draws that were classified.
+        stages = (attacked.degraded_pixel_values, attacked.purified_pixel_values)
+        shown = [bare_01, bare_attacked_01, images_01, attacked_01, *(x * self.std + self.mean for x in stages)]
         probabilities = [(b.softmax(-1)[0], a.softmax(-1)[0]) for b, a in zip(before, after, strict=True)]
         bars = [bars_html(self.class_names, b.tolist(), a.tolist()) for b, a in probabilities]
         verdicts = [self.verdict(b, a, epsilon_255) for b, a in probabilities]

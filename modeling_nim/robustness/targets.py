@@ -101,7 +101,6 @@ class PurifiedTarget(Target):
         # sigma 0 still draws noise, and multiplies it by zero: such a defence is deterministic
         self.is_random = self.masks or parse_sigma(spec) != parse_sigma(0)
         self.rows_per_decision = self.num_votes
-        self.image_shape = (purifier_config.num_channels, purifier_config.image_size, purifier_config.image_size)
 
     @property
     def device(self) -> torch.device:
@@ -110,40 +109,29 @@ class PurifiedTarget(Target):
     def draw(self, seeds: Sequence[int]) -> Noise:
         if self.without_purifier:
             return {}
-        if self.masks or parse_sigma(self.sigma).kind != "fixed":
-            return {"generator": [torch.Generator(self.device).manual_seed(seed) for seed in seeds]}
-        # The numbers the model itself would draw from these generators, without the cost of making them one by one.
-        generator = torch.Generator(self.device)
-        epsilon = torch.empty(len(seeds), self.num_votes, *self.image_shape, device=self.device)
-        for row, seed in enumerate(seeds):
-            generator.manual_seed(seed)
-            for vote in range(self.num_votes):
-                epsilon[row, vote].normal_(generator=generator)
-        return {"epsilon": epsilon if self.num_votes > 1 else epsilon.squeeze(1)}
+        generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
+        return self.model.draw(len(seeds), generators, self._sigma, self.num_votes)
 
     def logits(self, images_01: torch.Tensor, noise: Noise) -> torch.Tensor:
         if self.without_purifier:
             return self.classifier_logits(images_01)
-        sigma = None if self.masks else self.sigma
         pixel_values = normalize(images_01, self.image_mean, self.image_std)
-        return self.model(pixel_values, sigma=sigma, num_votes=self.num_votes, **noise).logits
+        return self.model(pixel_values, num_votes=self.num_votes, **{"sigma": self._sigma, **noise}).logits
+
+    @property
+    def _sigma(self) -> str | None:
+        return None if self.masks else self.sigma
 
     @torch.no_grad()
     def stages(self, images_01: torch.Tensor, seeds: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What the defence sees on its way, for one vote: degraded and purified images in [0, 1] units, and logits."""
         pixel_values = normalize(images_01, self.image_mean, self.image_std)
-        sigma = None if self.masks else self.sigma
-
-        def generators():
-            return [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
-
-        degraded = self.model.purifier(pixel_values, sigma=sigma, generator=generators()).degraded_pixel_values
-        purified = self.model.purify(pixel_values, sigma=sigma, generator=generators())
-        logits = self.model.classifier(self.model.prepare_for_classifier(purified)).logits
+        generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
+        output = self.model(pixel_values, sigma=self._sigma, generator=generators, num_votes=1)
         return (
-            denormalize(degraded, self.image_mean, self.image_std),
-            denormalize(purified, self.image_mean, self.image_std),
-            logits,
+            denormalize(output.degraded_pixel_values, self.image_mean, self.image_std),
+            denormalize(output.purified_pixel_values, self.image_mean, self.image_std),
+            output.logits,
         )
 
     def classifier_logits(self, images_01: torch.Tensor) -> torch.Tensor:

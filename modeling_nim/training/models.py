@@ -21,9 +21,7 @@ from .. import (
     NIMSimMIMConfig,
     NIMSimMIMForImageClassification,
     NIMSimMIMForPreTraining,
-    sample_sigma,
 )
-from ..noise_nim import sample_epsilon, sample_mask_noise
 from ..runs.errors import naming_damaged_weights
 
 
@@ -85,28 +83,6 @@ def enable_activation_checkpointing(model: PreTrainedModel) -> None:
         model.activation_checkpointing_enable()
     else:
         model.gradient_checkpointing_enable()
-
-
-def draw_degradation(
-    config: PreTrainedConfig,
-    batch_size: int,
-    generators: list[torch.Generator],
-    device: torch.device,
-    sigma: str | float | None = None,
-) -> dict[str, torch.Tensor]:
-    """What degrades each image, as arguments of the model: sigma (section 2.4) and epsilon (Eq. 3), or the mask's order.
-
-    `sigma` None is the configuration's. Drawn here and not in the model, so that a compiled model has no random draws in
-    its graph.
-    """
-    if config.degradation == "noise":
-        shape = (batch_size, config.num_channels, config.image_size, config.image_size)
-        return {
-            "sigma": sample_sigma(config.sigma if sigma is None else sigma, batch_size, generators, device),
-            "epsilon": sample_epsilon(shape, generators, device),
-        }
-    side = config.image_size // getattr(config, "mask_patch_size", config.patch_size)
-    return {"noise": sample_mask_noise((batch_size, side * side), generators, device)}
 
 
 def load_classifier(path: str, class_names: list[str] | None, drop_path_rate: float) -> PreTrainedModel:

@@ -29,7 +29,7 @@ from modeling_nim.runs.machine import (
     seconds_of,
     synchronize,
 )
-from modeling_nim.training.models import ModelRecipe, draw_degradation, make_pretraining_model
+from modeling_nim.training.models import ModelRecipe, make_pretraining_model
 from modeling_nim.training.optimization import OptimizationRecipe, make_optimizer, set_learning_rate
 from modeling_nim.training.progress import peak_memory_gib
 
@@ -100,7 +100,7 @@ def main() -> None:
         step = next(counter)
         images = normalize(to_images_01(pixels), config.image_mean, config.image_std)
         seeds = image_seeds(0, 0, np.arange(step * batch_size, (step + 1) * batch_size), "degradation")
-        draws = draw_degradation(config, batch_size, generators(seeds, device), device)
+        draws = plain.draw(batch_size, generators(seeds, device))
         set_learning_rate(optimizer, 1e-6)
         with accelerator.accumulate(model):
             accelerator.backward(model(images, **draws).loss)

@@ -13,7 +13,6 @@ from transformers import AutoConfig
 from modeling_nim import NIMClassifierConfig, NIMConfig, NIMForImageClassification, NIMForPreTraining, NIMSimMIMConfig
 from modeling_nim.training.models import (
     ModelRecipe,
-    draw_degradation,
     enable_activation_checkpointing,
     make_config,
     make_pretraining_model,
@@ -132,12 +131,10 @@ def test_every_architecture_trains_on_draws_that_belong_to_the_image(architectur
     config = dict(SIZES) | ({"mask_patch_size": 8} if architecture == "simmim" else {})
     model = make_pretraining_model(ModelRecipe(architecture, size="tiny", config=config))
     assert model.config.degradation == ("noise" if architecture.startswith("nim") else "mask")
-    pixel_values, device = torch.randn(4, 3, 16, 16), torch.device("cpu")
+    pixel_values = torch.randn(4, 3, 16, 16)
 
     def draws(seeds):
-        return draw_degradation(
-            model.config, len(seeds), [torch.Generator().manual_seed(seed) for seed in seeds], device
-        )
+        return model.draw(len(seeds), [torch.Generator().manual_seed(seed) for seed in seeds])
 
     together, last = draws([1, 2, 3, 4]), draws([4])
     for name, values in together.items():
@@ -147,7 +144,7 @@ def test_every_architecture_trains_on_draws_that_belong_to_the_image(architectur
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
     if model.config.degradation == "noise":
         assert together["epsilon"].shape == (4, 3, 16, 16)
-        fixed = draw_degradation(model.config, 2, [torch.Generator() for _ in range(2)], device, sigma=30)
+        fixed = model.draw(2, [torch.Generator() for _ in range(2)], sigma=30)
         assert fixed["sigma"].tolist() == [30, 30]
 
 

@@ -1,0 +1,127 @@
+"""What both pre-training families have in common, and the defended classifier on top of it."""
+
+import pytest
+import torch
+from conftest import TINY
+from test_numerics import CLASSIFIERS, PURIFIERS, every_purifier
+
+from modeling_nim import NIMPurifiedImageClassification
+from modeling_nim.noise_nim import clamp_to_image_range
+
+
+def seeded(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@every_purifier
+def test_forward_is_degrade_reconstruct_and_score(name, pixel_values):
+    model = PURIFIERS[name]()
+    degraded, hidden = model.degrade(pixel_values, generator=seeded(1, 2, 3, 4))
+    output = model.reconstruct(degraded, hidden, pixel_values)
+    assert output.loss is None
+    whole = model(pixel_values, generator=seeded(1, 2, 3, 4))
+    assert torch.equal(whole.loss, model.forward_loss(pixel_values, output))
+    for field in ("logits", "reconstruction", "degraded_pixel_values"):
+        assert torch.equal(whole[field], output[field]), field
+    assert torch.equal(whole.to_tuple()[0], whole.loss)
+    assert torch.equal(model.hide(degraded, hidden), whole.degraded_pixel_values)
+
+
+@every_purifier
+def test_purify_computes_no_loss(name, pixel_values, monkeypatch):
+    model = PURIFIERS[name]()
+    output = model(pixel_values, generator=seeded(1, 2, 3, 4))
+    monkeypatch.setattr(model, "forward_loss", None)
+    purified = model.purify(pixel_values, generator=seeded(1, 2, 3, 4))
+    expected = output.reconstruction
+    if model.config.degradation == "mask":
+        hidden = output.mask.view(4, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3).bool()
+        expected = torch.where(hidden, expected, pixel_values)
+    assert torch.equal(purified, clamp_to_image_range(expected, model.config.image_mean, model.config.image_std))
+
+
+@every_purifier
+def test_draws_are_those_that_the_model_makes_itself(name, pixel_values):
+    model = PURIFIERS[name]()
+    expected = model(pixel_values, generator=seeded(1, 2, 3, 4))
+    draws = model.draw(4, seeded(1, 2, 3, 4))
+    assert torch.equal(model(pixel_values, **draws).degraded_pixel_values, expected.degraded_pixel_values)
+    shared = model(pixel_values, generator=torch.Generator().manual_seed(9)).degraded_pixel_values
+    draws = model.draw(4, torch.Generator().manual_seed(9))
+    assert torch.equal(model(pixel_values, **draws).degraded_pixel_values, shared)
+    torch.manual_seed(5)
+    global_draws = model.draw(4)
+    torch.manual_seed(5)
+    assert torch.equal(
+        model(pixel_values).degraded_pixel_values, model(pixel_values, **global_draws).degraded_pixel_values
+    )
+
+
+def test_draws_of_another_size_and_sigma():
+    model = PURIFIERS["nim_mae"]()
+    draws = model.draw(2, seeded(1, 2), sigma="uniform(10, 20)", image_size=(24, 40))
+    generator = torch.Generator().manual_seed(2)
+    assert draws["sigma"][1] == 10 + 10 * torch.rand(1, generator=generator)
+    assert torch.equal(draws["epsilon"][1], torch.randn(3, 24, 40, generator=generator))
+    with pytest.raises(ValueError, match="sigma 30 belongs to"):
+        PURIFIERS["simmim"]().draw(2, sigma=30)
+
+
+def test_nim_mae_takes_a_mask_in_place_of_its_order(pixel_values):
+    model = PURIFIERS["mae"]()
+    output = model(pixel_values, noise=torch.rand(4, 16))
+    given = model(pixel_values, bool_masked_pos=output.mask.view(4, 4, 4).bool())
+    assert torch.equal(given.mask, output.mask)
+    torch.testing.assert_close(given.loss, output.loss)
+    with pytest.raises(ValueError, match=r"must hide 12 of 16 patches.*got \[16, 16, 16, 16\]"):
+        model(pixel_values, bool_masked_pos=torch.ones(4, 16))
+
+
+def defended(name: str, **fields) -> NIMPurifiedImageClassification:
+    return NIMPurifiedImageClassification.from_parts(PURIFIERS[name](), CLASSIFIERS["mae"](), **fields)
+
+
+@pytest.mark.parametrize("votes", [1, 3])
+@pytest.mark.parametrize(("name", "sigma"), [("nim_mae", "uniform(0, 90)"), ("nim_simmim", 30), ("mae", None)])
+def test_the_defence_draws_votes_one_after_the_other(name, sigma, votes, pixel_values):
+    model = defended(name)
+    expected = model(pixel_values, sigma=sigma, num_votes=votes, generator=seeded(1, 2, 3, 4))
+    draws = model.draw(4, seeded(1, 2, 3, 4), sigma, votes)
+    assert {draw.shape[:2] if votes > 1 else draw.shape[:1] for draw in draws.values()} == {
+        (4, votes) if votes > 1 else (4,)
+    }
+    found = model(pixel_values, num_votes=votes, **draws)
+    assert torch.equal(found.logits, expected.logits)
+    if votes > 1:  # draws say how many votes they are
+        assert torch.equal(model(pixel_values, **draws).logits, expected.logits)
+    alone = model(pixel_values[2:3], sigma=sigma, num_votes=votes, generator=seeded(3))
+    torch.testing.assert_close(alone.logits[0], expected.logits[2])
+
+
+@pytest.mark.parametrize("votes", [1, 2])
+def test_the_defence_shows_its_stages_of_the_first_vote(votes, pixel_values):
+    model = defended("nim_mae", sigma=50)
+    output = model(
+        pixel_values, generator=seeded(1, 2, 3, 4), num_votes=votes, output_hidden_states=True, output_attentions=True
+    )
+    draws = model.draw(4, seeded(1, 2, 3, 4))  # one vote
+    alone = model.purifier(pixel_values, **draws)
+    assert torch.equal(output.degraded_pixel_values, alone.degraded_pixel_values)
+    torch.testing.assert_close(output.purified_pixel_values, model.purifier.purify(pixel_values, **draws))
+    model.classifier.set_attn_implementation("eager")
+    seen = model.classifier(output.purified_pixel_values, output_hidden_states=True, output_attentions=True)
+    assert len(output.hidden_states) == TINY["num_hidden_layers"] + 1
+    torch.testing.assert_close(output.hidden_states, seen.hidden_states)
+    if votes == 1:
+        torch.testing.assert_close(output.logits, seen.logits)
+        assert torch.equal(output.to_tuple()[0], output.logits)
+
+
+def test_a_hiding_purifier_shows_what_it_hid(pixel_values):
+    model = defended("mae")
+    noise = torch.rand(4, 2, 16)
+    output = model(pixel_values, noise=noise)
+    expected = model.purifier(pixel_values, noise=noise[:, 0])
+    assert torch.equal(output.degraded_pixel_values, expected.degraded_pixel_values)
+    zeros = (output.degraded_pixel_values == 0).all(dim=1).float().mean(dim=(1, 2))
+    assert zeros.tolist() == [0.75] * 4
