@@ -20,6 +20,15 @@ A `card.yaml` says where the facts are, and nothing else; paths are relative to 
 The model's own facts come from `config.json` beside `card.yaml`.
 """
 
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from early_help import answer_help
+
+    answer_help(__file__)
+
 import argparse
 import difflib
 import json
@@ -34,6 +43,7 @@ import jinja2
 import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
+from recipes.studies import PAPER_COLUMNS, STUDIES, TABLE_1
 from transformers import AutoConfig, PreTrainedConfig
 
 import modeling_nim
@@ -44,7 +54,6 @@ from modeling_nim.runs.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = ROOT / "model_cards" / "TEMPLATE.md"
-PAPER = ROOT / "scripts" / "recipes" / "imagenet" / "paper.yaml"
 KINDS = {
     "NIMForPreTraining": "denoiser",
     "NIMSimMIMForPreTraining": "denoiser",
@@ -394,20 +403,16 @@ def _results_line(facts: CardFacts, kind: str) -> str:
 
 def _paper_rows(systems: Sequence[str]) -> list[dict[str, str]]:
     """Rows of the paper's Table 1 for the systems named, from the file that also `reports/paper_tables.py` reads."""
-    if not systems:
-        return []
-    [table] = [
-        t for t in yaml.safe_load(PAPER.read_text(encoding="utf-8"))["tables"] if t["title"].startswith("Table 1")
-    ]
-    known = {row["system"] for row in table["rows"]}
+    known = [row[0] for row in TABLE_1]
     for system in systems:
         if system not in known:
             raise ValueError(f"the paper's Table 1 has no system {system!r}; known: {', '.join(sorted(known))}")
     return [
-        {"system": row["system"], "defence": "none" if row["defence"] == "-" else row["defence"]}
-        | {column: f"{value:.2f}" for column, value in row["paper"].items()}
-        for row in table["rows"]
-        if row["system"] in systems
+        {"system": system, "defense": text}
+        | {column: f"{value:.2f}" for column, value in zip(PAPER_COLUMNS, numbers, strict=True)}
+        for system, defense, bare, defended in TABLE_1
+        if system in systems
+        for text, numbers in (("none", bare), (defense, defended))
     ]
 
 
@@ -542,7 +547,7 @@ def metric_arguments(row: dict[str, Any]) -> dict[str, Any]:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def main() -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit code 1 and a diff if a card is not as made"
@@ -551,7 +556,11 @@ def main() -> int:
     parser.add_argument("--name", help="with --directory: the repository's name; default: the directory's")
     parser.add_argument("--summary", type=Path, help="with --directory: summary.json of run_attack.py")
     parser.add_argument("--model", help="with --summary: what it calls this model, where that is not plain")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    args = make_parser().parse_args()
 
     if args.directory is not None:
         name = args.name or args.directory.resolve().name
@@ -575,8 +584,8 @@ def main() -> int:
         else:
             write_text(card, text)
             print(f"wrote {card.relative_to(ROOT)}")
-    for paper in (ROOT / "scripts" / "recipes").glob("*/paper.yaml"):  # what stands in a table of paper_tables.py
-        named |= set((ROOT / "results" / paper.parent.name).glob("*.json"))
+    for study in STUDIES:  # what stands in a table of paper_tables.py
+        named |= set((ROOT / "results" / study).glob("*.json"))
     for path in sorted((ROOT / "results").rglob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         if path not in named and isinstance(content, dict) and {"rows", "provenance"} <= content.keys():

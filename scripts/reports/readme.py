@@ -5,7 +5,7 @@
 
 `results/digits/summary.json` is `outputs/demo/summary.json` of `make demo`; `attack_paper.json` and `attack_standard.json`
 are the summaries of the recipes of those names, on the same images; `certified.json` is what run_certify.py writes.
-`results/cifar10/` is what `python scripts/reports/paper_tables.py --dataset cifar10 --run` and the recipes beside it leave.
+`results/cifar10/` is what the rules of `python scripts/reports/paper_tables.py --dataset cifar10 --makefile` make.
 """
 
 import argparse

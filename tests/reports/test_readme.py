@@ -31,6 +31,7 @@ def commands():
     """Every command of the README as words, without prompts, comments and continuation lines."""
     lines = [line for kind, text in BLOCKS if kind == "bash" for line in text.replace("\\\n", " ").splitlines()]
     lines += [text for text in INLINE if re.match(r"(python|make|accelerate) ", text)]
+    lines = [line.partition(" | ")[0] for line in lines]
     found = [shlex.split(line, comments=True) for line in lines]
     return [words for words in found if words]
 

@@ -7,6 +7,7 @@ from collections import defaultdict
 
 import pytest
 import reference
+from reports import paper_tables
 
 from modeling_nim.robustness.certification import certified_rows
 from modeling_nim.robustness.statistics import accuracy_interval
@@ -45,9 +46,7 @@ def test_a_result_is_made_of_the_records_beside_it(file):
 
 
 def test_the_tables_beside_the_results_are_up_to_date(tmp_path):
-    reference.load_script("reports/paper_tables").main(
-        ["--dataset", "cifar10", "--output", str(tmp_path / "tables.md")]
-    )
+    paper_tables.main(["--dataset", "cifar10", "--output", str(tmp_path / "tables.md")])
     text = (tmp_path / "tables.md").read_text()
     assert text == (RESULTS / "tables.md").read_text(), "run `make cards`"
     assert "missing" not in text
