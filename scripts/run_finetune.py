@@ -2,12 +2,14 @@
 
     accelerate launch scripts/run_finetune.py scripts/recipes/digits/finetune_denoised.yaml [section.key=value ...]
 
-With `images: denoised` each image gets noise of its own sigma, is denoised by the frozen purifier and clamped before the
-classifier sees it. As run_pretrain.py it runs on one machine or many and goes on where it was broken off. In `output_dir`:
+With `images: denoised` each image gets noise of its own sigma, is denoised by the purifier and clamped before the
+classifier sees it. With an `adversary` the images are attacked first, through all of that, and the purifier may learn too.
+As run_pretrain.py it runs on one machine or many and goes on where it was broken off. In `output_dir`:
 
-    config.json, model.safetensors, preprocessor_config.json   the classifier, at the end
+    config.json, model.safetensors, preprocessor_config.json   the classifier, at the end, unless it is frozen
     purified/                                                  purifier and classifier composed (Eq. 9), if one is named
-    best/                                                      the classifier that did best in validation, if asked for
+    purifier/                                                  the purifier alone, if it was trained
+    best/                                                      what is trained, at its best in validation, if asked for
     checkpoints/, log.jsonl, recipe.yaml                       as in pre-training
 """
 
@@ -23,18 +25,21 @@ from typing import Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from modeling_nim import NIMPurifiedImageClassification, image_processor_for, normalize, parse_sigma
+from modeling_nim import NIMPurifiedImageClassification, image_processor_for, parse_sigma
 from modeling_nim.data import BadImageError, DataRecipe, load_source
 from modeling_nim.data.augment import AugmentationRecipe, augment
 from modeling_nim.data.evaluation import BAD_IMAGE_LABEL, EvaluationImages, evaluation_loader
 from modeling_nim.data.loader import CropRecipe, TrainingImages, to_images_01, training_loader
-from modeling_nim.data.randomness import generators, image_seeds
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.locks import lock_output_dir
 from modeling_nim.runs.recipe import parse_command_line
+from modeling_nim.training.adversary import AdversaryRecipe, epsilon_255_at
 from modeling_nim.training.checkpoints import load_newest_checkpoint, save_checkpoint
+from modeling_nim.training.finetuning import Finetuning
 from modeling_nim.training.models import (
     enable_activation_checkpointing,
     load_classifier,
@@ -49,7 +54,6 @@ from modeling_nim.training.optimization import (
     make_optimizer,
     make_plan,
     set_learning_rate,
-    soft_cross_entropy,
 )
 from modeling_nim.training.progress import Reporter, StopSignal
 from modeling_nim.training.settings import (
@@ -91,6 +95,7 @@ class FinetuneRecipe:
     label_smoothing: float = 0.0
     crop: CropRecipe = field(default_factory=CropRecipe)
     augmentation: AugmentationRecipe = field(default_factory=AugmentationRecipe)
+    adversary: AdversaryRecipe = field(default_factory=AdversaryRecipe)
     validation: ValidationRecipe = field(default_factory=ValidationRecipe)
     execution: ExecutionRecipe = field(default_factory=ExecutionRecipe)
     checkpoints: CheckpointRecipe = field(default_factory=CheckpointRecipe)
@@ -103,6 +108,10 @@ class FinetuneRecipe:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.images == "denoised" and self.purifier is None:
             self.purifier = self.init
+        if self.images == "original" and self.adversary.trains != "classifier":
+            raise ValueError(
+                f"adversary.trains {self.adversary.trains} needs the purifier in the way of the images: set images=denoised"
+            )
 
 
 def main() -> None:
@@ -112,27 +121,14 @@ def main() -> None:
     accelerator = make_accelerator(recipe)
     source = load_source(recipe.data, "train")
     set_seed(recipe.seed)
-    model = load_classifier(recipe.init, source.class_names, recipe.drop_path_rate)
-    classifier_config = model.config
-    purified_model = None
-    if recipe.purifier:
-        purifier = load_purifier(recipe.purifier).to(accelerator.device)
-        if recipe.execution.compile:
-            purifier.reconstruct = torch.compile(purifier.reconstruct)
-        purified_model = NIMPurifiedImageClassification.from_parts(purifier, model, recipe.defense_sigma)
-    if recipe.execution.attn_implementation:  # of both, once composed: composing sets the attention of its parts
-        for part in (purifier, model) if recipe.purifier else (model,):
-            part.set_attn_implementation(recipe.execution.attn_implementation)
-    if recipe.execution.gradient_checkpointing:
-        enable_activation_checkpointing(model)
-    denoise = recipe.images == "denoised"
-    input_config = purifier.config if denoise else classifier_config
-    statistics = (input_config.image_mean, input_config.image_std)
-    images = TrainingImages(source, recipe.crop, input_config.image_size, recipe.seed, recipe.data.on_bad_image)
+    model, purified_model = make_models(accelerator, recipe, source.class_names)
     plan = make_plan(recipe.optimization, accelerator.num_processes, len(source), accelerator.is_main_process)
     average = make_average(model, recipe.optimization.ema_decay) if recipe.optimization.ema_decay else None
     model, optimizer = accelerator.prepare(model, make_optimizer(model, recipe.optimization))
     set_seed(recipe.seed, device_specific=True)  # from here on: drop path, different in every process
+    finetuning = Finetuning(accelerator, recipe, model, purified_model)
+    config = finetuning.config
+    images = TrainingImages(source, recipe.crop, config.image_size, recipe.seed, recipe.data.on_bad_image)
 
     # Where to begin: everything that is random about an image depends on (seed, epoch, image), not on what was before
     lock_output_dir(accelerator, recipe.output_dir)
@@ -142,41 +138,29 @@ def main() -> None:
     step, state = found or (0, {"best_accuracy": -1.0})
     batch_sizes = (plan.global_batch_size, plan.per_device_batch_size)
     loader = training_loader(accelerator, images, recipe.data, *batch_sizes, step, plan.num_steps)
-    validation_loader = None
-    if recipe.validation.split != "none":
-        held_out = EvaluationImages(
-            load_source(recipe.data, recipe.validation.split),
-            image_processor_for(input_config),
-        )
-        validation_steps = max(1, round(recipe.validation.every_epochs * plan.steps_per_epoch))
-        validation_loader = accelerator.prepare(
-            evaluation_loader(held_out, recipe.validation.batch_size, recipe.data.num_workers)
-        )
+    validation_loader = make_validation_loader(accelerator, recipe, config)
+    validation_steps = max(1, round(recipe.validation.every_epochs * plan.steps_per_epoch))
     reporter = Reporter(accelerator, recipe.output_dir, step, plan.num_steps)
     save_recipe(accelerator, recipe)
     reporter.name_bad_images(step, source.bad_images)
     stop = StopSignal(accelerator)
 
     # The loop
-    model.train()
+    finetuning.train()
     micro_losses = []
     for batch in reporter.timed(loader):
-        images_01 = to_images_01(batch["pixels"])  # (B, 3, H, W)
-        targets = torch.nn.functional.one_hot(batch["labels"], classifier_config.num_labels).float()
-        targets = targets * (1 - recipe.label_smoothing) + recipe.label_smoothing / classifier_config.num_labels
+        clean_01 = to_images_01(batch["pixels"])  # (B, 3, H, W)
+        targets = torch.nn.functional.one_hot(batch["labels"], config.num_labels).float()
+        targets = targets * (1 - recipe.label_smoothing) + recipe.label_smoothing / config.num_labels
         which = (batch["epochs"], batch["indices"])
-        images_01, targets = augment(images_01, targets, recipe.augmentation, recipe.seed, *which, *statistics)
-        pixel_values = normalize(images_01, *statistics)
-        if denoise:  # after the augmentation: the defence meets what the classifier will be asked about
-            seeds = image_seeds(recipe.seed, *which, "degradation")  # (B,)
-            draws = purifier.draw(len(seeds), generators(seeds, accelerator.device), recipe.sigma)
-            with torch.no_grad(), accelerator.autocast():
-                purified = purified_model.purify(pixel_values, **draws)  # clamped
-                pixel_values = purified_model.prepare_for_classifier(purified)
+        statistics = (config.image_mean, config.image_std)  # for random erasing
+        clean_01, targets = augment(clean_01, targets, recipe.augmentation, recipe.seed, *which, *statistics)
+        targets = finetuning.targets(targets, clean_01)
+        images_01 = finetuning.attack(clean_01, targets, which, epsilon_255_at(step, recipe.adversary, plan))
         learning_rate = learning_rate_at(step, recipe.optimization, plan)
         set_learning_rate(optimizer, learning_rate)
         with accelerator.accumulate(model):
-            loss = soft_cross_entropy(model(pixel_values).logits, targets)  # Eq. 10
+            loss = finetuning.loss(images_01, targets, which, clean_01)  # Eq. 10
             accelerator.backward(loss)
             if accelerator.sync_gradients and recipe.optimization.max_grad_norm:
                 accelerator.clip_grad_norm_(model.parameters(), recipe.optimization.max_grad_norm)
@@ -196,9 +180,7 @@ def main() -> None:
         if saving or step % recipe.logging.every_steps == 0:
             reporter.report(step, learning_rate)  # raises before a NaN can reach a checkpoint
         if validation_loader and (step % validation_steps == 0 or step == plan.num_steps):
-            classifier = average.module if average else model
-            defense = purified_model if denoise else None
-            accuracy, bad_images = validate(accelerator, classifier, validation_loader, defense, recipe)
+            accuracy, bad_images = validate(finetuning, average.module if average else model, validation_loader)
             reporter.name_bad_images(step, bad_images)
             reporter.write({"step": step, "validation_accuracy": accuracy})
             if accuracy > state["best_accuracy"]:
@@ -212,49 +194,92 @@ def main() -> None:
     if step < plan.num_steps:
         accelerator.print(f"stopped at step {step} of {plan.num_steps}; the same command goes on from there")
     else:
-        save_model_dir(accelerator, model, recipe.output_dir, average)
-        if purified_model and accelerator.is_main_process:
-            trained = type(accelerator.unwrap_model(model, keep_torch_compile=False)).from_pretrained(recipe.output_dir)
-            composed = NIMPurifiedImageClassification.from_parts(purifier.cpu(), trained, recipe.defense_sigma)
-            write_model_dir(composed, os.path.join(recipe.output_dir, "purified"))
-        where = " and, with its purifier, in purified/ under it" if purified_model else ""
-        accelerator.print(f"the classifier is in {recipe.output_dir}{where}")
+        save_models(finetuning, purified_model, average)
     reporter.close()
 
 
-@torch.inference_mode()
-def validate(
-    accelerator: Accelerator,
-    classifier: torch.nn.Module,
-    loader: DataLoader,
-    purified_model: NIMPurifiedImageClassification | None,
-    recipe: FinetuneRecipe,
-) -> tuple[float, list[str]]:
-    """Accuracy in percent, with the same noise for an image every time, and the messages of the bad images of this process.
+def make_models(
+    accelerator: Accelerator, recipe: FinetuneRecipe, class_names: list[str] | None
+) -> tuple[PreTrainedModel, NIMPurifiedImageClassification | None]:
+    """What is trained, and the composed model if a purifier is named; they share their parts.
 
-    The classifier goes back to training mode. Raises `BadImageError` where bad images are not to be skipped.
+    Trained is the classifier, or the composed model where the purifier learns too (a frozen classifier included).
     """
-    classifier.eval()
-    config = (purified_model or accelerator.unwrap_model(classifier, keep_torch_compile=False)).config
+    trains = recipe.adversary.trains
+    classifier = load_classifier(recipe.init, class_names, recipe.drop_path_rate)
+    if trains == "purifier":
+        classifier.requires_grad_(False).eval()
+    purified_model, parts = None, [classifier]
+    if recipe.purifier:
+        purifier = load_purifier(recipe.purifier, trainable=trains != "classifier").to(accelerator.device)
+        if recipe.execution.compile and trains == "classifier":
+            purifier.reconstruct = torch.compile(purifier.reconstruct)
+        purified_model = NIMPurifiedImageClassification.from_parts(purifier, classifier, recipe.defense_sigma)
+        parts.append(purifier)
+    for part in parts:  # once composed: composing sets the attention of its parts
+        if recipe.execution.attn_implementation:
+            part.set_attn_implementation(recipe.execution.attn_implementation)
+        if recipe.execution.gradient_checkpointing and any(weight.requires_grad for weight in part.parameters()):
+            enable_activation_checkpointing(part)
+    return (classifier if trains == "classifier" else purified_model), purified_model
+
+
+def make_validation_loader(
+    accelerator: Accelerator, recipe: FinetuneRecipe, config: PreTrainedConfig
+) -> DataLoader | None:
+    """The images of `validation.split` as the model with this configuration takes them; None without a split."""
+    if recipe.validation.split == "none":
+        return None
+    held_out = EvaluationImages(load_source(recipe.data, recipe.validation.split), image_processor_for(config))
+    return accelerator.prepare(evaluation_loader(held_out, recipe.validation.batch_size, recipe.data.num_workers))
+
+
+def save_models(
+    finetuning: Finetuning, purified_model: NIMPurifiedImageClassification | None, average: AveragedModel | None
+) -> None:
+    """Write what was trained into the output directory, alone and composed; every process must call it."""
+    accelerator, recipe, model = finetuning.accelerator, finetuning.recipe, finetuning.model
+    composed_dir = os.path.join(recipe.output_dir, "purified")
+    if not finetuning.trains_purifier:
+        save_model_dir(accelerator, model, recipe.output_dir, average)
+        if purified_model and accelerator.is_main_process:
+            trained = type(purified_model.classifier).from_pretrained(recipe.output_dir)
+            purifier = purified_model.purifier.cpu()
+            composed = NIMPurifiedImageClassification.from_parts(purifier, trained, recipe.defense_sigma)
+            write_model_dir(composed, composed_dir)
+    else:
+        save_model_dir(accelerator, model, composed_dir, average)
+        if accelerator.is_main_process:
+            composed = NIMPurifiedImageClassification.from_pretrained(composed_dir)
+            write_model_dir(composed.purifier, os.path.join(recipe.output_dir, "purifier"))
+            if recipe.adversary.trains == "both":
+                write_model_dir(composed.classifier, recipe.output_dir)
+    where = "model" if finetuning.trains_purifier else "classifier"
+    accelerator.print(
+        f"the {where} is in {recipe.output_dir}{' and, composed, in purified/ under it' * bool(purified_model)}"
+    )
+
+
+@torch.inference_mode()
+def validate(finetuning: Finetuning, model: torch.nn.Module, loader: DataLoader) -> tuple[float, list[str]]:
+    """Accuracy of `model` in percent, with the same noise for an image every time, and the messages of the bad images of
+    this process.
+
+    What is trained goes back to training mode. Raises `BadImageError` where bad images are not to be skipped.
+    """
+    accelerator, recipe = finetuning.accelerator, finetuning.recipe
+    model.eval()
     num_right = num_images = 0
     bad_images = []
     for batch in loader:
         bad_images += [message for message in batch["bad_images"] if message]
         if bad_images and recipe.data.on_bad_image == "raise":
             raise BadImageError(f"{bad_images[0]}; data.on_bad_image=skip leaves such images out")
-        pixel_values = normalize(batch["images_01"], config.image_mean, config.image_std)
-        if purified_model:
-            seeds = image_seeds(recipe.seed, 0, batch["indices"].cpu().numpy(), "validation")
-            noise = generators(seeds, accelerator.device)
-            with accelerator.autocast():
-                purified = purified_model.purify(pixel_values, generator=noise)
-                pixel_values = purified_model.prepare_for_classifier(purified)
-        with accelerator.autocast():
-            predictions = classifier(pixel_values).logits.argmax(dim=-1)
-        predictions, labels = accelerator.gather_for_metrics((predictions, batch["labels"]))
+        logits = finetuning.predict(model, batch["images_01"], batch["indices"].cpu().numpy())
+        predictions, labels = accelerator.gather_for_metrics((logits.argmax(dim=-1), batch["labels"]))
         num_right += int((predictions == labels).sum())
         num_images += int((labels != BAD_IMAGE_LABEL).sum())
-    classifier.train()
+    finetuning.train()
     if num_images == 0:
         raise ValueError(f"none of the images of split {recipe.validation.split!r} can be read; check data.path")
     return 100 * num_right / num_images, bad_images

@@ -33,6 +33,7 @@ SERVER.set_forkserver_preload(
         "modeling_nim.data.augment",
         "modeling_nim.data.evaluation",
         "modeling_nim.training.checkpoints",
+        "modeling_nim.training.finetuning",
         "modeling_nim.training.models",
         "modeling_nim.training.progress",
         "modeling_nim.training.settings",

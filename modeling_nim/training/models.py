@@ -17,6 +17,8 @@ from .. import (
     NIMConfig,
     NIMForImageClassification,
     NIMForPreTraining,
+    NIMPurifiedConfig,
+    NIMPurifiedImageClassification,
     NIMSimMIMClassifierConfig,
     NIMSimMIMConfig,
     NIMSimMIMForImageClassification,
@@ -86,13 +88,18 @@ def enable_activation_checkpointing(model: PreTrainedModel) -> None:
 
 
 def load_classifier(path: str, class_names: list[str] | None, drop_path_rate: float) -> PreTrainedModel:
-    """The classifier that starts from the pre-trained model at `path`: encoder loaded, `fc_norm` and head fresh.
+    """The classifier that starts from the model at `path`.
 
-    Raises FileNotFoundError when there is no model, ValueError when it is not one of ours or its weights do not fit.
+    From a pre-trained model: encoder loaded, `fc_norm` and head fresh. From a classifier, or the one in a composed model:
+    all of it. Raises FileNotFoundError when there is no model, ValueError when it is not one of ours or its weights or
+    classes do not fit.
     """
     if not class_names:
         raise ValueError("the labels of this stream have no names; fine-tune without data.streaming, which counts them")
-    model_type = load_config(path).model_type
+    config = load_config(path)
+    model_type = config.model_type
+    if model_type == NIMPurifiedConfig.model_type:
+        return _composed_classifier(path, config, len(class_names), drop_path_rate)
     if model_type not in CLASSIFIERS:
         raise ValueError(
             f"{path!r} is a {model_type!r} model; fine-tuning starts from one of {', '.join(CLASSIFIERS)} "
@@ -115,15 +122,45 @@ def load_classifier(path: str, class_names: list[str] | None, drop_path_rate: fl
     return model
 
 
-def load_purifier(path: str) -> PreTrainedModel:
-    """The frozen purifier at `path`: in evaluation mode and without gradients for its weights."""
-    model_type = load_config(path).model_type
-    if model_type not in PURIFIERS:
+def _composed_classifier(
+    path: str, config: PreTrainedConfig, num_classes: int, drop_path_rate: float
+) -> PreTrainedModel:
+    """The classifier of the composed model at `path`, with another drop path."""
+    if config.classifier_config.model_type not in CLASSIFIERS:
         raise ValueError(
-            f"{path!r} is a {model_type!r} model, which cannot purify; name a pre-trained NIM or MIM model"
+            f"the classifier of {path!r} is a {config.classifier_config.model_type!r} model, which is not fine-tuned here; "
+            f"name a composed model with one of {', '.join(CLASSIFIERS)}"
         )
+    if config.num_labels != num_classes:
+        raise ValueError(
+            f"{path!r} knows {config.num_labels} classes and the data have {num_classes}: use the data it was made for"
+        )
+    config.classifier_config.drop_path_rate = drop_path_rate
     with naming_damaged_weights(path):
-        return PURIFIERS[model_type].from_pretrained(path).requires_grad_(False).eval()
+        return NIMPurifiedImageClassification.from_pretrained(path, config=config).classifier
+
+
+def load_purifier(path: str, trainable: bool = False) -> PreTrainedModel:
+    """The purifier at `path`, which may be a composed model: frozen and in evaluation mode, unless it is `trainable`."""
+    model_type = load_config(path).model_type
+    with naming_damaged_weights(path):
+        if model_type == NIMPurifiedConfig.model_type:
+            purifier = NIMPurifiedImageClassification.from_pretrained(path).purifier
+        elif model_type in PURIFIERS:
+            purifier = PURIFIERS[model_type].from_pretrained(path)
+        else:
+            raise ValueError(
+                f"{path!r} is a {model_type!r} model, which cannot purify; name a pre-trained NIM or MIM model"
+            )
+    if not trainable:
+        return purifier.requires_grad_(False).eval()
+    with torch.device("meta"):
+        built = type(purifier)(purifier.config)
+    for weight, as_built in zip(purifier.parameters(), built.parameters(), strict=True):
+        weight.requires_grad_(
+            as_built.requires_grad
+        )  # loading makes all trainable: position tables, an unused mask token
+    return purifier
 
 
 def load_config(path: str) -> PreTrainedConfig:

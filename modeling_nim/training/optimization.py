@@ -159,14 +159,14 @@ def parameter_settings(
     Of L layers, layer l (from 0) learns at `layer_decay ** (L - l)`, the embeddings before it at `layer_decay ** (L + 1)`
     and what comes after at 1 (Clark et al. 2020). Biases, norms and other vectors, tokens and positions have no decay.
     """
-    layers = re.compile(r"^(?:vit|beit)\.layers\.(\d+)\.")
+    layers = re.compile(r"^(?:classifier\.)?(?:vit|beit)\.layers\.(\d+)\.")
     numbers = [int(match[1]) for name, _ in model.named_parameters() if (match := layers.match(name))]
     num_layers = max(numbers, default=-1) + 1
     settings = {}
     for name, parameter in model.named_parameters():
         if match := layers.match(name):
             depth = int(match[1]) + 1
-        elif name.startswith(("vit.embeddings.", "beit.embeddings.")):
+        elif re.match(r"^(?:classifier\.)?(?:vit|beit)\.embeddings\.", name):
             depth = 0
         else:
             depth = num_layers + 1
@@ -234,9 +234,12 @@ def make_average(model: nn.Module, decay: float) -> AveragedModel:
     return average.requires_grad_(False).eval()
 
 
-def soft_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy against probabilities `(B, num_labels)`.
+def soft_cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, reduction: Literal["mean", "none"] = "mean"
+) -> torch.Tensor:
+    """Cross-entropy against probabilities `(B, num_labels)`: their mean, or `(B,)` with `reduction` "none".
 
     Outside the model on purpose: a model given soft `labels` would take them for a multi-label problem.
     """
-    return -(targets * logits.float().log_softmax(dim=-1)).sum(dim=-1).mean()
+    losses = -(targets * logits.float().log_softmax(dim=-1)).sum(dim=-1)  # (B,)
+    return losses.mean() if reduction == "mean" else losses
