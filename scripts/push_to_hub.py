@@ -21,12 +21,12 @@ from huggingface_hub import CommitInfo, HfApi, RepoUrl
 from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from releases import RESULTS, results_yaml
-from reports.cards import facts_of_directory, render_card
 from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 
 import modeling_nim
 from modeling_nim.runs.errors import naming_damaged_weights, run_main
 from modeling_nim.runs.files import write_text
+from reports.cards import facts_of_directory, render_card
 
 
 def load_for_publication(directory: Path) -> PreTrainedModel:

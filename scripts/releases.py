@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
-from reports import cards
 from transformers import AutoConfig
 from transformers.dynamic_module_utils import custom_object_save
 
@@ -25,6 +24,7 @@ import modeling_nim
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.files import write_text
 from modeling_nim.runs.recipe import load_recipe
+from reports import cards
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -43,13 +43,13 @@ import jinja2
 import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
-from recipes.studies import PAPER_COLUMNS, STUDIES, TABLE_1
 from transformers import AutoConfig, PreTrainedConfig
 
 import modeling_nim
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.files import write_text
 from modeling_nim.runs.recipe import load_recipe
+from recipes.studies import PAPER_COLUMNS, STUDIES, TABLE_1
 
 
 ROOT = Path(__file__).resolve().parents[2]

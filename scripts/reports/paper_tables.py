@@ -27,11 +27,10 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from recipes.studies import STUDIES, Row, Step, Study, Table
-from reports.tables import find_rows, markdown_table, percent
-
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.files import write_bytes, write_text
+from recipes.studies import STUDIES, Row, Step, Study, Table
+from reports.tables import find_rows, markdown_table, percent
 
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import reference
-from recipes.studies import STUDIES, Column, Row, Step, Study, Table
-from reports import paper_tables
 
 from modeling_nim.robustness.certification import CertifyRecipe
 from modeling_nim.robustness.protocols import resolve
 from modeling_nim.robustness.recipes import AttackRunRecipe
 from modeling_nim.runs.recipe import parse_command_line
 from modeling_nim.training.models import make_config
+from recipes.studies import STUDIES, Column, Row, Step, Study, Table
+from reports import paper_tables
 
 
 ROOT = Path(__file__).parents[2]

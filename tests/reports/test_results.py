@@ -7,10 +7,10 @@ from collections import defaultdict
 
 import pytest
 import reference
-from reports import paper_tables
 
 from modeling_nim.robustness.certification import certified_rows
 from modeling_nim.robustness.statistics import accuracy_interval
+from reports import paper_tables
 
 
 RESULTS = reference.GOLDEN.parents[2] / "results" / "cifar10"
