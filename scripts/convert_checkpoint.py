@@ -15,8 +15,6 @@ import math
 import os
 import pickle
 import re
-import shutil
-import tempfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -40,6 +38,7 @@ from modeling_nim.modeling_nim_simmim import (
     relative_position_index,
 )
 from modeling_nim.runs.errors import run_main
+from modeling_nim.runs.files import written_whole
 
 
 StateDict = dict[str, torch.Tensor]
@@ -270,16 +269,9 @@ def convert(tensors: StateDict, layout: Layout, model: PreTrainedModel) -> PreTr
 
 def save_directory(model: PreTrainedModel, output_dir: str) -> None:
     """Config, image processor and safetensors, complete or not at all."""
-    parent = os.path.dirname(os.path.abspath(output_dir))
-    os.makedirs(parent, exist_ok=True)
-    partial = tempfile.mkdtemp(prefix=f".{os.path.basename(os.path.abspath(output_dir))}.", dir=parent)
-    try:
-        model.save_pretrained(partial, save_original_format=False)
-        image_processor_for(model.config).save_pretrained(partial)
-        os.chmod(partial, 0o755)  # mkdtemp's is private
-        os.replace(partial, output_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with written_whole(output_dir) as temporary:
+        model.save_pretrained(temporary, save_original_format=False)
+        image_processor_for(model.config).save_pretrained(temporary)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

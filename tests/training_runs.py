@@ -10,6 +10,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -109,8 +110,17 @@ def _interrupt(moment: str, number: int, signal_number: int, num_processes: int)
     setattr(owner, name, interrupted)
 
 
-def _child(script: str, arguments: list[str], num_processes: int, log: str, interruption: tuple | None) -> None:
+def _child(
+    script: str,
+    arguments: list[str],
+    num_processes: int,
+    log: str,
+    interruption: tuple | None,
+    largest_file_bytes: int | None,
+) -> None:
     os.setsid()  # so that the run and the processes that it forks are killed as one
+    if largest_file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file_bytes, largest_file_bytes))
     multiprocessing.set_start_method("fork", force=True)  # for loaders' workers, as in a launched run
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -133,14 +143,16 @@ def run(
     num_processes: int = 1,
     exit_code: int = 0,
     interruption: tuple[str, int, int] | None = None,
+    largest_file_bytes: int | None = None,
 ) -> str:
     """Run a script on a recipe to its end; returns what it printed.
 
-    `interruption` is a moment ("step" or "save"), which one, counted from 1, and the signal that the run gets then.
+    `interruption` is a moment ("step" or "save"), which one, counted from 1, and the signal that the run gets then. No file
+    grows beyond `largest_file_bytes`: to the run, the disk is full.
     """
     path, log = output_dir.with_suffix(".yaml"), output_dir.with_suffix(".txt")
     path.write_text(yaml.safe_dump(recipe | {"output_dir": str(output_dir)}))
-    arguments = (script, [str(path), *overrides], num_processes, str(log), interruption)
+    arguments = (script, [str(path), *overrides], num_processes, str(log), interruption, largest_file_bytes)
     process = SERVER.Process(target=_child, args=arguments)
     process.start()
     process.join(TIMEOUT_S)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..data import ImageSource, evaluation_batch
 from ..noise_nim import normalize
-from ..runs.files import write_json
+from ..runs.files import write_json, written_whole
 from .draws import PICTURE, RECONSTRUCTION, stream_seed
 from .evaluation import attack_images
 from .jobs import Job, is_among
@@ -88,8 +88,8 @@ def store_pictures(
                     entry["stages"][stage] = key
                 entries.append(entry)
     directory = Path(directory)
-    save_file(pixels, directory / "pictures.safetensors.part")
-    os.replace(directory / "pictures.safetensors.part", directory / "pictures.safetensors")
+    with written_whole(directory / "pictures.safetensors") as temporary:
+        save_file(pixels, temporary)
     write_json(directory / "pictures.json", {"class_names": list(class_names), "entries": entries})
 
 

@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from ..runs.files import write_bytes, write_json
+from ..runs.files import append_text, write_bytes, write_json
 from ..runs.locks import lock_directory, unlock_directory
 from ..runs.processes import on_main_process
 
@@ -119,10 +119,7 @@ class RecordFile:
                 json.dumps({"job": piece[0].job, "seconds": round(piece[2], 3)}) + "\n" for piece in gathered
             )
             for path, text in ((self.path, lines), (self.clock_path, clock)):
-                with open(path, "a", encoding="utf-8") as file:
-                    file.write(text)
-                    file.flush()
-                    os.fsync(file.fileno())
+                append_text(path, text)
         return [record for _, unit_records, _ in gathered for record in unit_records]
 
     def read(self) -> list[dict[str, Any]]:

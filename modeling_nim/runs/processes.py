@@ -1,10 +1,11 @@
-"""What the processes of one run do once, for all of them."""
+"""What the processes of one run do together: one for all, or all and none."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 
 T = TypeVar("T")
@@ -25,3 +26,19 @@ def on_main_process(accelerator: Accelerator, function: Callable[[], T]) -> T:
     if answer[1] is not None:
         raise answer[1]
     return answer[0]
+
+
+@contextmanager
+def together(accelerator: Accelerator) -> Iterator[None]:
+    """All processes come through the block, or all raise the `ValueError` or `OSError` of the first that does not.
+
+    Every process must enter it; they wait for one another at its end.
+    """
+    error = None
+    try:
+        yield
+    except (ValueError, OSError) as caught:
+        error = caught
+    errors = [other for other in gather_object([error]) if other is not None]
+    if errors:
+        raise errors[0]

@@ -14,9 +14,11 @@ import warnings
 from typing import Any, Literal
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel
+
+from ..runs.files import INCOMPLETE, naming_path, remove, sync, write_json
+from ..runs.processes import on_main_process, together
 
 
 MANIFEST = "manifest.json"
@@ -49,33 +51,36 @@ def save_checkpoint(
 
     Every process must call it. `settings` are what the run's numbers follow from (`settings.decisive_settings`), `average`
     is the moving average of the weights, if there is one. Returns the checkpoint's path; older ones beyond the newest
-    `keep` are removed.
+    `keep` are removed. Raises OSError naming the checkpoint in every process when one cannot write; older ones stay.
     """
     path = checkpoint_path(folder, step)
-    temporary = f"{path}.incomplete"
-    if accelerator.is_main_process:
-        os.makedirs(folder, exist_ok=True)
-        for name in os.listdir(folder):  # left by a run that was killed while saving
-            if name.endswith(".incomplete"):
-                shutil.rmtree(os.path.join(folder, name))
-    accelerator.wait_for_everyone()
-    accelerator.save_state(temporary)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if average is not None:
-            tensors = {name: tensor.contiguous() for name, tensor in average.state_dict().items()}
-            save_file(tensors, os.path.join(temporary, AVERAGE))
-        manifest = {"step": step, "settings": settings, "state": state, "sha256": _hash_files(temporary)}
-        with open(os.path.join(temporary, MANIFEST), "w", encoding="utf-8") as file:
-            json.dump(manifest, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if os.path.isdir(path):  # the same step again, after a fall-back: the new one replaces the damaged one
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-        for _, old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+    temporary = f"{path}{INCOMPLETE}"
+    try:
+        with together(accelerator), naming_path(path):
+            if accelerator.is_main_process:
+                os.makedirs(folder, exist_ok=True)
+                for name in os.listdir(folder):  # left by a run that was killed while saving
+                    if name.endswith(INCOMPLETE):
+                        shutil.rmtree(os.path.join(folder, name))
+        with together(accelerator), naming_path(path):
+            accelerator.save_state(temporary)
+        with together(accelerator), naming_path(path):
+            if accelerator.is_main_process:
+                if average is not None:
+                    tensors = {name: tensor.contiguous() for name, tensor in average.state_dict().items()}
+                    save_file(tensors, os.path.join(temporary, AVERAGE))
+                manifest = {"step": step, "settings": settings, "state": state, "sha256": _hash_files(temporary)}
+                write_json(os.path.join(temporary, MANIFEST), manifest)
+                sync(temporary)
+                if os.path.isdir(path):  # the same step again, after a fall-back: the new one replaces the damaged one
+                    shutil.rmtree(path)
+                os.replace(temporary, path)
+                for _, old in list_checkpoints(folder)[:-keep]:
+                    shutil.rmtree(old)
+    except OSError:
+        if accelerator.is_main_process:
+            remove(temporary)  # it takes the room that the next attempt needs
+        raise
     return path
 
 
@@ -92,18 +97,10 @@ def load_newest_checkpoint(
     with a warning that names the file. Raises ValueError naming what is not as it was when `settings` are not those of the
     checkpoint, unless `on_changed_recipe` is "continue".
     """
-    chosen: list[Any] = [None]
-    if accelerator.is_main_process:
-        for step, path in reversed(list_checkpoints(folder)):
-            try:
-                chosen = [(step, path, _verified_manifest(path))]
-                break
-            except (OSError, ValueError, KeyError) as error:
-                warnings.warn(f"checkpoint {path!r} is damaged ({error}); trying the one before", stacklevel=2)
-    chosen = broadcast_object_list(chosen)
-    if chosen[0] is None:
+    found = on_main_process(accelerator, lambda: _newest_intact(folder))
+    if found is None:
         return None
-    step, path, manifest = chosen[0]
+    step, path, manifest = found
     if on_changed_recipe == "raise" and (changes := _changes(manifest["settings"], settings)):
         raise ValueError(
             f"checkpoint {path!r} was made with another recipe: {changes}; restore it, name another output_dir, or set "
@@ -117,6 +114,16 @@ def load_newest_checkpoint(
             )
         average.load_state_dict(load_file(os.path.join(path, AVERAGE)))
     return step, manifest["state"]
+
+
+def _newest_intact(folder: str) -> tuple[int, str, dict[str, Any]] | None:
+    """Step, path and manifest of the newest checkpoint whose files are as they were written."""
+    for step, path in reversed(list_checkpoints(folder)):
+        try:
+            return step, path, _verified_manifest(path)
+        except (OSError, ValueError, KeyError) as error:
+            warnings.warn(f"checkpoint {path!r} is damaged ({error}); trying the one before", stacklevel=2)
+    return None
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:

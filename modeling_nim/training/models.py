@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import shutil
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,6 +24,7 @@ from .. import (
     NIMSimMIMForPreTraining,
 )
 from ..runs.errors import naming_damaged_weights
+from ..runs.files import INCOMPLETE, naming_path, remove, sync
 
 
 ARCHITECTURES = {
@@ -203,10 +203,14 @@ def save_model_dir(
 
 def write_model_dir(model: PreTrainedModel, output_dir: str, state_dict: dict[str, torch.Tensor] | None = None) -> None:
     """Write safetensors, configuration and image processor into `output_dir` under temporary names, then rename."""
-    temporary = os.path.join(output_dir, ".model.incomplete")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, state_dict=state_dict)
-    names = sorted(os.listdir(temporary), key=lambda name: (name == "config.json", name))
-    for name in names:  # the configuration last: without it the directory is no model
-        os.replace(os.path.join(temporary, name), os.path.join(output_dir, name))
-    os.rmdir(temporary)
+    temporary = os.path.join(output_dir, f".model{INCOMPLETE}")
+    remove(temporary)
+    try:
+        with naming_path(output_dir):
+            model.save_pretrained(temporary, state_dict=state_dict)
+            sync(temporary)
+            names = sorted(os.listdir(temporary), key=lambda name: (name == "config.json", name))
+            for name in names:  # the configuration last: without it the directory is no model
+                os.replace(os.path.join(temporary, name), os.path.join(output_dir, name))
+    finally:
+        remove(temporary)

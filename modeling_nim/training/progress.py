@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from ..runs.files import write_jsonl
+from ..runs.files import append_text, write_jsonl
 
 
 class NonFiniteLossError(ValueError):
@@ -40,12 +40,6 @@ def resume_log(path: str, step: int) -> list[dict[str, Any]]:
                 kept.append(record)
     write_jsonl(path, kept)
     return kept
-
-
-def append_log(path: str, record: dict[str, Any]) -> None:
-    """Add one JSON line."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
 
 
 class Reporter:
@@ -146,7 +140,7 @@ class Reporter:
     def write(self, record: dict[str, Any]) -> None:
         """Add a record with a `step` to the log, its numbers to the trackers too."""
         if self.accelerator.is_main_process:
-            append_log(self.log_path, record)
+            append_text(self.log_path, json.dumps(record) + "\n")
         numbers = {key: value for key, value in record.items() if key != "step" and not isinstance(value, str)}
         self.accelerator.log(numbers, step=record["step"])
 

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, TorchDynamoPlugin
 
+from ..runs.files import write_text
 from ..runs.recipe import recipe_to_dict
 
 
@@ -120,9 +121,8 @@ def decisive_settings(recipe: Any, global_batch_size: int, num_images: int) -> d
 def save_recipe(accelerator: Accelerator, recipe: Any) -> None:
     """Write the recipe, every default filled in, to `output_dir/recipe.yaml`, and start the trackers with it."""
     if accelerator.is_main_process:
-        os.makedirs(recipe.output_dir, exist_ok=True)
-        with open(os.path.join(recipe.output_dir, "recipe.yaml"), "w", encoding="utf-8") as file:
-            yaml.safe_dump(recipe_to_dict(recipe), file, sort_keys=False)
+        text = yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False)
+        write_text(os.path.join(recipe.output_dir, "recipe.yaml"), text)
     if recipe.logging.trackers:
         accelerator.init_trackers(recipe.logging.project, config=_flat(recipe_to_dict(recipe)))
 

@@ -19,7 +19,6 @@ Records of several directories are drawn together where they are of one kind.
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from modeling_nim.robustness import figures
 from modeling_nim.robustness.pictures import load_pictures
 from modeling_nim.robustness.records import read_jsonl
 from modeling_nim.runs.errors import run_main
+from modeling_nim.runs.files import written_whole
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -92,11 +92,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{', '.join(arguments.directories)}: no records to draw; run scripts/run_attack.py first"
         )
 
-    output_dir.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
-        part = output_dir / f"{name}.part.png"
-        figure.savefig(part, dpi=arguments.dpi)
-        os.replace(part, output_dir / f"{name}.png")
+        with written_whole(output_dir / f"{name}.png") as temporary:
+            figure.savefig(temporary, dpi=arguments.dpi, format="png")
         print(output_dir / f"{name}.png")
 
 
