@@ -1,7 +1,7 @@
 """Attacks models and says what is left of their accuracy: records, a summary with intervals, and alarms.
 
-    accelerate launch scripts/run_attack.py scripts/recipes/digits/attack.yaml
-    accelerate launch scripts/run_attack.py scripts/recipes/digits/attack_standard.yaml num_images=32
+    python scripts/launch.py scripts/run_attack.py scripts/recipes/digits/attack.yaml
+    python scripts/launch.py scripts/run_attack.py scripts/recipes/digits/attack_standard.yaml num_images=32
 
 Several GPUs: `accelerate launch --num_processes N` splits the images; on CPUs, `ACCELERATE_USE_CPU=true torchrun
 --nproc_per_node N`. A run that was stopped continues where it was when it is started again.
@@ -10,10 +10,12 @@ Several GPUs: `accelerate launch --num_processes N` splits the images; on CPUs, 
 `seconds.jsonl`, `summary.json`, and with the sections `pictures` and `reconstruction` what `reports/figures.py` draws.
 """
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # before the imports below, which take seconds
     from early_help import answer_help
+    from starting import watch_signals
 
-    answer_help(__file__)  # before the imports below, which take seconds
+    answer_help(__file__)
+    watch_signals()
 
 import time
 from collections.abc import Sequence

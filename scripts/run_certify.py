@@ -1,6 +1,6 @@
 """Certifies purified models: the L2 radius around each image within which no perturbation changes the majority vote.
 
-    accelerate launch scripts/run_certify.py scripts/recipes/digits/certify.yaml
+    python scripts/launch.py scripts/run_certify.py scripts/recipes/digits/certify.yaml
     python scripts/reports/figures.py outputs/certify
 
 Randomized smoothing (Cohen et al. 2019) with the defence's own noise. It needs a purifier whose answer depends on the noisy
@@ -9,10 +9,12 @@ image alone: `patch_statistics: input`, as in the paper's code, is refused. A ru
 `output_dir` receives `run.json`, `certificates.jsonl` (one line per model, sigma and image) and `certified.json` (the table).
 """
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # before the imports below, which take seconds
     from early_help import answer_help
+    from starting import watch_signals
 
-    answer_help(__file__)  # before the imports below, which take seconds
+    answer_help(__file__)
+    watch_signals()
 
 import time
 from collections.abc import Sequence

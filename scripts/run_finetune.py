@@ -1,6 +1,6 @@
 """Fine-tune a pre-trained encoder as a classifier, on images as they are or as the defence hands them on (Eq. 10).
 
-    accelerate launch scripts/run_finetune.py scripts/recipes/digits/finetune_denoised.yaml [section.key=value ...]
+    python scripts/launch.py scripts/run_finetune.py scripts/recipes/digits/finetune_denoised.yaml [section.key=value ...]
 
 With `images: denoised` each image gets noise of its own sigma, is denoised by the purifier and clamped before the
 classifier sees it. With an `adversary` the images are attacked first, through all of that, and the purifier may learn too.
@@ -13,10 +13,12 @@ As run_pretrain.py it runs on one machine or many and goes on where it was broke
     checkpoints/, log.jsonl, recipe.yaml                       as in pre-training
 """
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # before the imports below, which take seconds
     from early_help import answer_help
+    from starting import watch_signals
 
-    answer_help(__file__)  # before the imports below, which take seconds
+    answer_help(__file__)
+    watch_signals()
 
 import os
 from dataclasses import dataclass, field
@@ -114,7 +116,7 @@ class FinetuneRecipe:
             )
 
 
-def main() -> None:
+def main() -> int:
     recipe = parse_command_line(__doc__, FinetuneRecipe)
 
     # The parts
@@ -191,11 +193,13 @@ def main() -> None:
         if stopping or step == plan.num_steps:
             break
 
+    reporter.bar.close()
     if step < plan.num_steps:
         accelerator.print(f"stopped at step {step} of {plan.num_steps}; the same command goes on from there")
     else:
         save_models(finetuning, purified_model, average)
     reporter.close()
+    return stop.exit_code if step < plan.num_steps else 0
 
 
 def make_models(

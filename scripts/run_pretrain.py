@@ -1,10 +1,10 @@
 """Pre-train a model to undo a degradation: noise (NIM, Eq. 3-4 of the paper) or masks (MAE and SimMIM, Eq. 1-2).
 
-    accelerate launch scripts/run_pretrain.py scripts/recipes/digits/pretrain_nim_mae.yaml [section.key=value ...]
+    python scripts/launch.py scripts/run_pretrain.py scripts/recipes/digits/pretrain_nim_mae.yaml [section.key=value ...]
 
 The same line on one GPU, on many (`--config_file scripts/launch/gpu_8_ddp.yaml`) or on CPU. Given again after the run was
-broken off, it goes on from the newest checkpoint and arrives at the same numbers. SIGTERM saves and exits 0: after the
-current step, with several processes at the next multiple of `logging.every_steps`. In `output_dir`:
+broken off, it goes on from the newest checkpoint and arrives at the same numbers. SIGTERM saves and exits 0,
+SIGINT (Ctrl-C) 130: after the current step, with several processes at the next multiple of `logging.every_steps`. In `output_dir`:
 
     config.json, model.safetensors, preprocessor_config.json   the model, at the end
     checkpoints/step-00001000/                                 what the run resumes from
@@ -12,10 +12,12 @@ current step, with several processes at the next multiple of `logging.every_step
     recipe.yaml                                                the recipe with every default filled in
 """
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # before the imports below, which take seconds
     from early_help import answer_help
+    from starting import watch_signals
 
-    answer_help(__file__)  # before the imports below, which take seconds
+    answer_help(__file__)
+    watch_signals()
 
 import os
 from dataclasses import dataclass, field
@@ -68,7 +70,7 @@ class PretrainRecipe:
     logging: LoggingRecipe = field(default_factory=LoggingRecipe)
 
 
-def main() -> None:
+def main() -> int:
     recipe = parse_command_line(__doc__, PretrainRecipe)
 
     # The parts
@@ -134,12 +136,14 @@ def main() -> None:
         if stopping or step == plan.num_steps:
             break
 
+    reporter.bar.close()
     if step < plan.num_steps:
         accelerator.print(f"stopped at step {step} of {plan.num_steps}; the same command goes on from there")
     else:
         save_model_dir(accelerator, model, recipe.output_dir, average)
         accelerator.print(f"the model is in {recipe.output_dir}")
     reporter.close()
+    return stop.exit_code if step < plan.num_steps else 0
 
 
 if __name__ == "__main__":

@@ -83,10 +83,10 @@ def load_script(name: str) -> ModuleType:
     return sys.modules[name]
 
 
-def _run(script: str, arguments: list[str]) -> None:
+def _run(script: str, arguments: list[str]) -> int | None:
     torch.set_num_threads(1)
     sys.argv = [script, *arguments]
-    load_script(script).main()
+    return load_script(script).main()
 
 
 # Where a run may be interrupted: after this method has done its work for the nth time, whatever the clock says.

@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .decode import BadImageError
+from .loader import ignore_stop_signals
 from .sources import ImageSource
 
 
@@ -49,4 +50,5 @@ class EvaluationImages(Dataset):
 
 def evaluation_loader(images: EvaluationImages, batch_size: int, num_workers: int) -> DataLoader:
     """Every image once, in order; its workers leave the global random state alone."""
-    return DataLoader(images, batch_size, num_workers=num_workers, generator=torch.Generator())
+    settings = {"generator": torch.Generator(), "worker_init_fn": ignore_stop_signals}
+    return DataLoader(images, batch_size, num_workers=num_workers, **settings)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -268,6 +269,7 @@ def training_loader(
         "pin_memory": torch.cuda.is_available(),
         "prefetch_factor": 4 if recipe.num_workers else None,
         "generator": torch.Generator(),  # the workers' seeds must not move the global random state
+        "worker_init_fn": ignore_stop_signals,
     }
     if isinstance(images.source, StreamSource):
         # a resumed stream begins at another place: its buffer is gone, and the same images again would be worse
@@ -278,6 +280,15 @@ def training_loader(
     sampler = StepSampler(len(images), batch_size, images.seed, start_step, num_steps)
     batches = BatchSampler(sampler, micro_batch_size, drop_last=True)
     return accelerator.prepare(DataLoader(images, batch_sampler=batches, collate_fn=_as_fetched, **settings))
+
+
+def ignore_stop_signals(_: int) -> None:
+    """For a loader's workers: a signal to the process group must not take them from a run that is about to save.
+
+    They end when the run does, and notice when it was killed.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_fetched(batch):

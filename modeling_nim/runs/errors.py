@@ -1,13 +1,21 @@
 """How every script ends: an expected error becomes one line and exit code 2, an unexpected one keeps its traceback."""
 
 import os
+import re
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from tqdm import tqdm
+
+
+WAIT_FOR_THE_FIRST_S = 3.0
+# gloo's and NCCL's words; the process that ended first has the cause
+_PEER_IS_GONE = re.compile(r"Connection (closed|reset) by peer|remote process exited|Broken pipe")
 
 
 def run_main(main: Callable[[], int | None]) -> None:
@@ -18,6 +26,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     except (ValueError, OSError, StrictDataclassError) as error:
         if os.environ.get("NIM_TRACEBACK"):
             raise
+        _leave_it_to_the_first()
         # strict dataclasses wrap the message of a validator; the cause says what is wrong
         while isinstance(error, StrictDataclassError) and error.__cause__ is not None:
             error = error.__cause__
@@ -25,8 +34,24 @@ def run_main(main: Callable[[], int | None]) -> None:
             bar.close()  # or the message would begin at the end of the bar's line
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if not _PEER_IS_GONE.search(str(error)):
+            raise
+        _leave_it_to_the_first(always=True)
+        print("error: another process of this run has ended; its own message says why", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _leave_it_to_the_first(always: bool = False) -> None:
+    """What goes wrong in all processes is said by the first of a machine: its launcher ends the others while they wait.
+
+    A process that has another message, or whose launcher ends none, says it after all.
+    """
+    if always or int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(WAIT_FOR_THE_FIRST_S)
 
 
 @contextmanager

@@ -160,26 +160,29 @@ def peak_memory_gib() -> float:
 
 
 class StopSignal:
-    """SIGTERM as a wish: a preempted node finishes its step, saves and ends well."""
+    """SIGTERM and SIGINT (Ctrl-C) as wishes: the run finishes its step, saves and ends well."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.received = False
-        self.process_id = os.getpid()
-        signal.signal(signal.SIGTERM, self._receive)
+        self.received: int | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+        accelerator.wait_for_everyone()  # no process begins a step that another one would die in
 
-    def _receive(self, *_) -> None:
-        self.received = True
-        if os.getpid() != self.process_id:  # a loader's worker, forked with this handler: it ends as it would have
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
+    def _receive(self, number: int, _) -> None:
+        self.received = self.received or number
+
+    @property
+    def exit_code(self) -> int:
+        """130 after SIGINT, as in every shell; else 0."""
+        return 130 if self.received == signal.SIGINT else 0
 
     def requested(self, step: int, every: int) -> bool:
         """Whether any process was told to stop; several processes ask one another every `every` steps."""
         if self.accelerator.num_processes == 1:
-            return self.received
+            return self.received is not None
         if step % every:
             return False
-        if self.received:
+        if self.received is not None:
             self.accelerator.set_trigger()
         return self.accelerator.check_trigger()

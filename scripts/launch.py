@@ -1,0 +1,100 @@
+"""`accelerate launch` that stops well: signals reach the run, which saves; one line is printed, no traceback.
+
+    python scripts/launch.py scripts/run_pretrain.py scripts/recipes/digits/pretrain_nim_mae.yaml
+    python scripts/launch.py --config_file scripts/launch/gpu_8_ddp.yaml scripts/run_pretrain.py RECIPE
+    python scripts/launch.py --cpu --num_processes 2 scripts/run_pretrain.py RECIPE
+
+Options and configuration files are those of `accelerate launch`. That one dies of SIGTERM itself, and the run behind it
+stops unseen; torchrun kills what has not saved after 30 seconds. Here SIGTERM (exit code 0) and SIGINT (130) are passed on
+and the launcher waits. A run that fails gives its own exit code.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+
+from starting import STOPPED, exit_code_of
+
+
+PASS_ON_EVERY_S = 0.2
+
+
+class SignalPasser:
+    """Passes the first SIGTERM or SIGINT on to the processes of the run, those that are about to start included."""
+
+    def __init__(self):
+        self.received: int | None = None
+        self.launching = False
+        self.told: set[int] = set()
+        signal.signal(signal.SIGALRM, self._pass_on)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, _) -> None:
+        self.received = self.received or number
+        if not self.launching:
+            self.say()
+            os._exit(exit_code_of(number))
+        signal.setitimer(signal.ITIMER_REAL, 1e-3, PASS_ON_EVERY_S)
+
+    def _pass_on(self, *_) -> None:
+        for child in children():
+            if child not in self.told:
+                self.told.add(child)
+                os.kill(child, signal.SIGTERM)  # what the run does on both is the same but for its exit code
+
+    def say(self) -> None:
+        """For a run that ended without a word."""
+        print(STOPPED.format(signal.Signals(self.received).name), file=sys.stderr, flush=True)
+
+
+def children() -> list[int]:
+    """The processes that this one started."""
+    import psutil
+
+    return [child.pid for child in psutil.Process().children()]
+
+
+def main() -> int:
+    passer = SignalPasser()
+    # the agent that starts several processes would stop them itself, and not wait long enough
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGHUP"
+    import logging
+
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed import run  # noqa: F401  (its loggers are made now, so that they can be told to be quiet)
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # the run says what went wrong
+    logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)  # defaults are no reason to warn
+    arguments = launch_command_parser().parse_args()
+    if arguments.cpu and (arguments.num_processes or 1) > 1 and arguments.mpirun_hostfile is None:
+        # Accelerate starts one process for --cpu, however many are asked for
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        arguments.cpu, arguments.multi_gpu = False, True
+    passer.launching = True
+    try:
+        launch_command(arguments)
+        exit_code = 0
+    except subprocess.CalledProcessError as error:
+        exit_code = error.returncode
+    except ChildFailedError as error:
+        exit_code = error.get_first_failure()[1].exitcode
+    except (ValueError, OSError, AssertionError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        exit_code = 2
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    if passer.received is None:
+        return exit_code if exit_code >= 0 else 128 - exit_code
+    if exit_code in (-signal.SIGTERM, -signal.SIGINT):  # before it could save: there was nothing yet
+        passer.say()
+    elif exit_code not in (0, exit_code_of(signal.SIGINT)):
+        return exit_code
+    return exit_code_of(passer.received)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
