@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-LAUNCH := $(BIN)/accelerate launch --config_file scripts/launch/cpu.yaml
+LAUNCH := $(BIN)/python scripts/launch.py --config_file scripts/launch/cpu.yaml
 DIGITS := scripts/recipes/digits
 
 .PHONY: setup demo test lint bench cards space clean

@@ -93,15 +93,20 @@ def _run(script: str, arguments: list[str]) -> int | None:
 MOMENTS = {"step": (Reporter, "add_step"), "save": (Accelerator, "save_state")}
 
 
-def _interrupt(moment: str, number: int, signal_number: int, num_processes: int) -> None:
-    """Kill all processes of this run at the `number`-th step or save; another signal goes to the last of them alone."""
+def _interrupt(moment: str, number: int, signal_number: int | str, num_processes: int) -> None:
+    """Kill all processes of this run at the `number`-th step or save.
+
+    Another signal goes to the last of them alone, but "group SIGINT", as from a terminal, to all with their workers.
+    """
     owner, name = MOMENTS[moment]
     method, calls = getattr(owner, name), itertools.count(1)
 
     def interrupted(self, *args, **kwargs):
         result = method(self, *args, **kwargs)
         if next(calls) == number:
-            if signal_number == signal.SIGKILL:
+            if signal_number == "group SIGINT":
+                os.killpg(os.getpgrp(), signal.SIGINT)
+            elif signal_number == signal.SIGKILL:
                 os.killpg(os.getpgrp(), signal.SIGKILL)
             elif PartialState().process_index == num_processes - 1:
                 os.kill(os.getpid(), signal_number)
@@ -142,7 +147,7 @@ def run(
     *overrides: str,
     num_processes: int = 1,
     exit_code: int = 0,
-    interruption: tuple[str, int, int] | None = None,
+    interruption: tuple[str, int, int | str] | None = None,
     largest_file_bytes: int | None = None,
 ) -> str:
     """Run a script on a recipe to its end; returns what it printed.

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 
-WAIT_FOR_THE_FIRST_S = 3.0
+WAIT_FOR_THE_FIRST_S = 5.0
 # gloo's and NCCL's words; the process that ended first has the cause
 _PEER_IS_GONE = re.compile(r"Connection (closed|reset) by peer|remote process exited|Broken pipe")
 
@@ -33,15 +33,24 @@ def run_main(main: Callable[[], int | None]) -> None:
         for bar in list(tqdm._instances):
             bar.close()  # or the message would begin at the end of the bar's line
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        _exit(2)
     except RuntimeError as error:
         if not _PEER_IS_GONE.search(str(error)):
             raise
         _leave_it_to_the_first(always=True)
         print("error: another process of this run has ended; its own message says why", file=sys.stderr)
-        sys.exit(1)
+        _exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _exit(code: int) -> None:
+    """Ends the process, one of several at once: what they share is not taken down in good order without the others."""
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _leave_it_to_the_first(always: bool = False) -> None:

@@ -1,0 +1,110 @@
+"""SIGTERM and SIGINT at any moment, under every launcher: the run saves, nothing is lost, nobody is left behind.
+
+`NIM_NUM_SIGNALS=20 pytest tests/runs/test_signals.py` sends 20 to each kind of run; the suite sends a few.
+"""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import yaml
+from training_runs import PRETRAIN, REPOSITORY, last_step, losses, records, run
+
+from modeling_nim.training.checkpoints import list_checkpoints
+
+
+NUM_SIGNALS = int(os.environ.get("NIM_NUM_SIGNALS", 2))
+TIMEOUT_S = 120
+ENDLESS = PRETRAIN | {
+    "optimization": PRETRAIN["optimization"] | {"steps": 10**6},
+    "checkpoints": {"every_steps": 10**6},  # what is kept is what the signal saved
+    "logging": {"every_steps": 2},
+}
+LAUNCH = ["scripts/launch.py", "--cpu", "--main_process_port", "0", "--num_processes"]
+ACCELERATE = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+
+
+def start(launcher, recipe, output_dir):
+    path = output_dir.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(recipe | {"output_dir": str(output_dir)}))
+    command = [sys.executable, *launcher, "scripts/run_pretrain.py", str(path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True, **pipes)
+
+
+def left_behind(output_dir):
+    """Processes of the run that still live."""
+    path = str(output_dir.with_suffix(".yaml"))
+    found = [process for process in psutil.process_iter(["cmdline"]) if path in (process.info["cmdline"] or [])]
+    return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def wait_until(condition, what):
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+def check_nothing_is_lost(output_dir, step_before):
+    step = last_step(output_dir)
+    saved = [saved_step for saved_step, _ in list_checkpoints(output_dir / "checkpoints")]
+    assert step >= step_before and (saved[-1] if saved else 0) == step
+    assert list(losses(output_dir)) == list(range(2, step + 1, 2)) or step % 2
+    return step
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_signals_at_random_moments_lose_no_step_and_leave_no_process(num_processes, tmp_path):
+    output_dir, draws, step = tmp_path / "run", random.Random(num_processes), 0
+    for number in range(NUM_SIGNALS):
+        signal_number = (signal.SIGTERM, signal.SIGINT)[number % 2]
+        launcher = start([*LAUNCH, str(num_processes)], ENDLESS, output_dir)
+        if number % 2 == 0:  # the whole start-up and the first steps
+            time.sleep(draws.uniform(0.5, 8))
+        else:
+            wait_until(lambda before=step: last_step(output_dir) > before, "no step in time")
+            time.sleep(draws.uniform(0, 1))
+        launcher.send_signal(signal_number)
+        printed, _ = launcher.communicate(timeout=TIMEOUT_S)
+        assert launcher.returncode == (130 if signal_number == signal.SIGINT else 0), printed
+        assert not left_behind(output_dir) and "Traceback" not in printed, printed
+        assert len(re.findall("the same command goes on", printed)) == 1, printed
+        step = check_nothing_is_lost(output_dir, step)
+    assert step > 0
+
+
+def test_a_launcher_that_dies_takes_the_run_along_after_it_has_saved(tmp_path):
+    launcher = start(ACCELERATE, ENDLESS, tmp_path / "run")
+    wait_until(lambda: last_step(tmp_path / "run") > 0, "no step in time")
+    launcher.send_signal(signal.SIGTERM)  # accelerate's own launcher ends at once
+    printed, _ = launcher.communicate(timeout=TIMEOUT_S)  # the run has the pipe: until it has ended, too
+    wait_until(lambda: not left_behind(tmp_path / "run"), "the run goes on without its launcher")
+    assert "stopped at step" in printed and check_nothing_is_lost(tmp_path / "run", 1)
+
+
+def test_ctrl_c_saves_and_exits_with_130_and_loader_workers_live_through_it(tmp_path):
+    recipe = PRETRAIN | {"data": {"source": "digits", "num_workers": 2}}
+    printed = run("run_pretrain", recipe, tmp_path / "run", exit_code=130, interruption=("step", 5, "group SIGINT"))
+    assert "stopped at step 5 of 12" in printed and "Traceback" not in printed
+    assert [record["step"] for record in records(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    run("run_pretrain", recipe, tmp_path / "run")
+    run("run_pretrain", recipe, tmp_path / "unbroken")
+    assert losses(tmp_path / "run") == losses(tmp_path / "unbroken")
+
+
+def test_two_processes_say_what_is_wrong_in_one_line(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(PRETRAIN | {"output_dir": str(tmp_path / "run")}))
+    command = [sys.executable, *LAUNCH, "2", "scripts/run_pretrain.py", str(path), "data.source=folder"]
+    command += [f"data.path={tmp_path}"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=TIMEOUT_S)
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"error: there is no folder '{tmp_path}/train'")
+    assert done.returncode == 2 and not done.stdout and not (tmp_path / "run").exists()
