@@ -3,7 +3,8 @@
     python scripts/launch.py scripts/run_attack.py scripts/recipes/digits/attack.yaml
     python scripts/launch.py scripts/run_attack.py scripts/recipes/digits/attack_standard.yaml num_images=32
 
-Several GPUs: `scripts/launch.py --num_processes N` splits the images; on CPUs, with `--cpu` too. A run that was stopped continues where it was when it is started again.
+Several GPUs: `scripts/launch.py --num_processes N` splits the images; on CPUs, with `--cpu` too.
+A run that was stopped continues where it was when it is started again.
 
 `output_dir` receives `run.json` (settings, hashes, versions), `records.jsonl` (one line per image, attack and seed),
 `seconds.jsonl`, `summary.json`, and with the sections `pictures` and `reconstruction` what `reports/figures.py` draws.
