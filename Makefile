@@ -35,6 +35,7 @@ bench: setup
 	$(BIN)/python scripts/bench/loader.py
 	$(BIN)/python scripts/bench/pretrain.py
 	$(BIN)/python scripts/bench/purify.py
+	$(BIN)/python scripts/bench/startup.py
 	$(BIN)/python scripts/bench/attack.py
 
 # Cards, code and results of the released models, the README's tables and those of results/cifar10, from the result files.

@@ -8,13 +8,20 @@ second input, (batch, 3, H, W), or (batch, votes, 3, H, W) with several votes: w
 is free in both. How to serve the file: docs/serving.md.
 """
 
+if __name__ == "__main__":
+    from early_help import answer_help
+
+    answer_help(__file__)  # before the imports below, which take seconds
+
 import argparse
 from pathlib import Path
 
-from modeling_nim.runs.errors import run_main
+from modeling_nim import NIMPurifiedImageClassification
+from modeling_nim.runs.errors import naming_damaged_weights, run_main
+from modeling_nim.runs.export import FORMATS, DefendedLogits, export_defended, verify_export
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="a directory of a NIMPurifiedImageClassification")
     parser.add_argument("output", type=Path, help="the file to write")
@@ -26,12 +33,11 @@ def main() -> None:
     )
     parser.add_argument("--sigma", help="scale of the noise on 0..255 (the model's)")
     parser.add_argument("--num_votes", type=int, help="noise draws per answer (the model's)")
-    arguments = parser.parse_args()
+    return parser
 
-    # Torch is loaded only where there is work to do: --help answers at once.
-    from modeling_nim import NIMPurifiedImageClassification
-    from modeling_nim.runs.errors import naming_damaged_weights
-    from modeling_nim.runs.export import FORMATS, DefendedLogits, export_defended, verify_export
+
+def main() -> None:
+    arguments = make_parser().parse_args()
 
     if arguments.output.suffix != FORMATS[arguments.format]:
         raise ValueError(f"{arguments.output} is to be {arguments.format}: name it {FORMATS[arguments.format]!r}")

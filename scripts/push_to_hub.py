@@ -12,6 +12,11 @@ off leaves no part of it behind.
 Log in once with `hf auth login`, or set HF_TOKEN to a token with write access.
 """
 
+if __name__ == "__main__":
+    from early_help import answer_help
+
+    answer_help(__file__)  # before the imports below, which take seconds
+
 import argparse
 import tempfile
 from http import HTTPStatus
@@ -94,7 +99,7 @@ def upload(args: argparse.Namespace, staging: str) -> tuple[RepoUrl, CommitInfo]
     return url, commit
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="a directory that save_pretrained or one of the scripts wrote")
     parser.add_argument("repo_id", help="namespace and name of the repository, such as org/nim-digits")
@@ -107,7 +112,11 @@ def main() -> None:
     )
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--message", default="Upload model, code and card", help="the commit's message")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse_args()
 
     model = load_for_publication(args.directory)
     with tempfile.TemporaryDirectory() as staging:

@@ -7,6 +7,11 @@ With its code files a directory loads with `trust_remote_code=True` where this p
 the Hub. `.eval_results/accuracy.yaml` holds the rows of the card's table that are this model's, in the Hub's format.
 """
 
+if __name__ == "__main__":
+    from early_help import answer_help
+
+    answer_help(__file__)  # before the imports below, which take seconds
+
 import argparse
 import json
 import re
@@ -81,10 +86,14 @@ def released_files(directory: Path, root: Path = ROOT) -> dict[Path, str]:
     return files
 
 
-def main() -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a file differs")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    arguments = make_parser().parse_args()
 
     changed = 0
     for config in sorted((ROOT / "model_cards").glob("*/config.json")):
