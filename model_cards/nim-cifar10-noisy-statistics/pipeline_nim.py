@@ -93,23 +93,15 @@ class NIMImageClassificationPipeline(ImageClassificationPipeline):
 
     def _forward(self, model_inputs, seed=None, return_purified=False, **purifier_arguments):
         input_images = model_inputs.pop("input_image", None)
-        if seed is None and not return_purified:
-            return self.model(**model_inputs, **purifier_arguments)
-        pixel_values = model_inputs["pixel_values"]  # (B, 3, H, W)
-        if seed is None:
-            # The image that is shown must have the noise that was classified: both come from one seed per image.
-            seeds = torch.randint(2**62, (pixel_values.shape[0],)).tolist()
-        else:
-            seeds = [seed] * pixel_values.shape[0]
-        arguments = {**purifier_arguments, "generator": _generators(seeds)}
-        output = self.model(**model_inputs, **arguments)
+        if seed is not None:
+            seeded = [torch.Generator().manual_seed(seed) for _ in model_inputs["pixel_values"]]
+            purifier_arguments["generator"] = seeded
+        output = self.model(**model_inputs, **purifier_arguments)
         if not return_purified:
-            return output
-        arguments.pop("num_votes", None)
-        arguments["generator"] = _generators(seeds)
-        purified = self.model.purify(pixel_values, **arguments)  # (B, 3, H, W), the first draw of each image
+            return {"logits": output["logits"]}
         config = self.model.config
-        images_01 = denormalize(purified.float(), config.image_mean, config.image_std).clamp(0, 1)
+        purified = output.purified_pixel_values.float()  # (B, 3, H, W), the first draw of each image
+        images_01 = denormalize(purified, config.image_mean, config.image_std).clamp(0, 1)
         return {"logits": output.logits, "images_01": images_01, "input_image": input_images}
 
     def postprocess(self, model_outputs, **kwargs):
@@ -153,10 +145,6 @@ def _opened_image(source: Any, timeout: float | None) -> Image.Image:
         return Image.open(io.BytesIO(base64.b64decode("".join(text.split()), validate=True)))
     except (binascii.Error, ValueError, IndexError, UnidentifiedImageError):
         raise ValueError("there is no such file, and it is no URL and no base64 of an image") from None
-
-
-def _generators(seeds: list[int]) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def _seen_box(image_size: tuple[int, int], processor: Any) -> tuple[int, int, int, int]:

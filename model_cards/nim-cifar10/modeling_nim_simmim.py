@@ -21,8 +21,8 @@ from transformers.models.beit.modeling_beit import (
 
 from .configuration_nim import NIMSimMIMClassifierConfig, NIMSimMIMConfig
 from .image_processing import ImageProcessorMixin
-from .modeling_nim import NIMForPreTrainingOutput, classification_loss
-from .noise_nim import Generators, clamp_to_image_range, degrade, sample_mask_noise
+from .modeling_nim import classification_loss
+from .pretraining_nim import NIMForPreTrainingOutput, NIMPreTrainingMixin
 
 
 def resize_relative_positions(table: torch.Tensor, window_size: tuple[int, int]) -> torch.Tensor:
@@ -175,7 +175,7 @@ class NIMSimMIMModel(NIMSimMIMPreTrainedModel, BeitModel):
         self.post_init()
 
 
-class NIMSimMIMForPreTraining(NIMSimMIMPreTrainedModel):
+class NIMSimMIMForPreTraining(NIMPreTrainingMixin, NIMSimMIMPreTrainedModel):
     """NIM-SimMIM: degrade, reconstruct (`degradation="noise"`), or SimMIM itself (`degradation="mask"`)."""
 
     def __init__(self, config: NIMSimMIMConfig):
@@ -186,155 +186,72 @@ class NIMSimMIMForPreTraining(NIMSimMIMPreTrainedModel):
         self.beit.embeddings.mask_token.requires_grad_(config.degradation == "mask")
         self.post_init()
 
-    def patchify(self, images: torch.Tensor) -> torch.Tensor:
-        """Images `(B, C, H, W)` to patches `(B, N, patch * patch * C)`, channels last as in MAE."""
-        batch_size, channels, height, width = images.shape
-        patch = self.config.patch_size
-        patches = images.reshape(batch_size, channels, height // patch, patch, width // patch, patch)
-        return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-
-    def _draw_mask(self, pixel_values: torch.Tensor, noise: torch.Tensor | None, generator: Generators) -> torch.Tensor:
-        """Hides `mask_ratio` of the squares of `mask_patch_size` pixels, those with the largest noise; `(B, h, w)`."""
-        batch_size, _, height, width = pixel_values.shape
-        side = self.config.mask_patch_size
-        rows, columns = height // side, width // side
-        if noise is None:
-            noise = sample_mask_noise((batch_size, rows * columns), generator, pixel_values.device)
-        if noise.shape != (batch_size, rows * columns):
-            raise ValueError(
-                f"noise has shape {tuple(noise.shape)}: pass ({batch_size}, {rows * columns}), one number for each "
-                f"square of {side}x{side} pixels"
-            )
-        num_masked = math.ceil(rows * columns * self.config.mask_ratio)
-        rank = noise.to(pixel_values.device).argsort(dim=1).argsort(dim=1)
-        mask = (rank >= rows * columns - num_masked).view(batch_size, rows, columns)
-        scale = side // self.config.patch_size
-        return mask.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)  # (B, H / patch, W / patch)
-
-    def _reconstruct(
+    def reconstruct(
         self,
-        pixel_values: torch.Tensor,
-        sigma: str | float | int | torch.Tensor | None,
-        epsilon: torch.Tensor | None,
-        generator: Generators,
-        noise: torch.Tensor | None,
-        bool_masked_pos: torch.Tensor | None,
-        interpolate_pos_encoding: bool,
+        degraded: torch.Tensor,
+        hidden: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
         **kwargs,
     ) -> NIMForPreTrainingOutput:
-        self._check_image_size(pixel_values, interpolate_pos_encoding)
-        patch = self.config.patch_size
-        rows, columns = pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch
-        mask = None
-        if self.config.degradation == "mask":
-            if sigma is not None or epsilon is not None:
-                raise ValueError(
-                    '`sigma` and `epsilon` belong to degradation="noise"; this model hides patches: use `noise`'
-                )
-            mask = self._draw_mask(pixel_values, noise, generator) if bool_masked_pos is None else bool_masked_pos
-            if mask.shape[0] != pixel_values.shape[0] or mask[0].numel() != rows * columns:
-                raise ValueError(
-                    f"bool_masked_pos has shape {tuple(mask.shape)}: pass ({pixel_values.shape[0]}, {rows * columns}), "
-                    "one value for each patch"
-                )
-            mask = mask.flatten(1).to(pixel_values.device)  # (B, N)
-            degraded = pixel_values  # the mask is laid over the tokens
-        else:
-            if noise is not None or bool_masked_pos is not None:
-                raise ValueError(
-                    '`noise` and `bool_masked_pos` belong to degradation="mask"; here it is "noise": use `epsilon`'
-                )
-            sigma = self.config.sigma if sigma is None else sigma
-            degraded = degrade(pixel_values, sigma, epsilon, generator, self.config.image_std)
-        outputs = self.beit(degraded, bool_masked_pos=mask, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
-        patches = outputs.last_hidden_state[:, 1:]  # (B, N, D)
-        feature_map = patches.transpose(1, 2).unflatten(2, (rows, columns))  # (B, D, H / patch, W / patch)
-        return NIMForPreTrainingOutput(
-            reconstruction=self.decoder(feature_map),
-            degraded_pixel_values=degraded,
-            mask=mask,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-
-    def _pixel_mask(self, mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """Patches `(B, N)` to pixels `(B, 1, H, W)`."""
-        patch = self.config.patch_size
-        mask = mask.to(like.dtype).view(-1, 1, like.shape[-2] // patch, like.shape[-1] // patch)
-        return mask.repeat_interleave(patch, dim=2).repeat_interleave(patch, dim=3)
-
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        sigma: str | float | int | torch.Tensor | None = None,
-        epsilon: torch.Tensor | None = None,
-        generator: Generators = None,
-        noise: torch.Tensor | None = None,
-        bool_masked_pos: torch.Tensor | None = None,
-        interpolate_pos_encoding: bool = False,
-        return_dict: bool | None = None,
-        **kwargs,
-    ) -> NIMForPreTrainingOutput | tuple:
-        """Degrades clean images and reconstructs them; the loss is against the clean images.
+        """What the network makes of degraded images.
 
         Args:
-            pixel_values: `(B, C, H, W)`, normalised.
-            sigma: noise scale on 0..255: a specification, a number or `(B,)`; None means `config.sigma`.
-            epsilon: `(B, C, H, W)` standard normal noise of Eq. 3; drawn when None.
-            generator: for the draws, or a list with one per image; the same state gives the same answer whatever the
-                batch size. None means the global one.
-            noise: `(B, M)` uniform noise over the M squares of `mask_patch_size` pixels; the largest are masked.
-                For `degradation="mask"`, drawn when None.
-            bool_masked_pos: `(B, N)` or `(B, H / patch, W / patch)`, the mask itself, in place of `noise`.
+            degraded, hidden: the two results of `degrade`; `hidden` `(B, N)` is 1 where a patch is hidden.
+            pixel_values: not needed; NIM-MAE takes its patches' statistics from the images before the degradation.
             interpolate_pos_encoding: accept images of another size, the relative positions being interpolated.
 
         Returns:
-            [`NIMForPreTrainingOutput`]; `logits` `(B, N, patch * patch * C)` are the reconstruction cut into patches,
-            channels last as MAE's; in mask mode `mask` is `(B, N)` and the loss that of Eq. 2 with the L1 distance.
-
-        Raises:
-            ValueError: a size, mask or noise that does not fit, or an argument of the other degradation.
+            [`NIMForPreTrainingOutput`] without `loss`; its `logits` are the reconstruction cut into patches.
         """
-        outputs = self._reconstruct(
-            pixel_values, sigma, epsilon, generator, noise, bool_masked_pos, interpolate_pos_encoding, **kwargs
+        self._check_image_size(degraded, interpolate_pos_encoding)
+        patch = self.config.patch_size
+        grid = (degraded.shape[-2] // patch, degraded.shape[-1] // patch)
+        encoded = self.beit(
+            degraded, bool_masked_pos=hidden, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
         )
-        error = nn.functional.l1_loss(outputs.reconstruction, pixel_values, reduction="none")
-        if outputs.mask is None:
-            outputs.loss = error.mean()  # Eq. 4 with the L1 distance
-        else:
-            mask = self._pixel_mask(outputs.mask, error)
-            # Eq. 2; the 1e-5 is the reference's, so that its losses are reproduced
-            outputs.loss = (error * mask).sum() / (mask.sum() + 1e-5) / self.config.num_channels
-            outputs.degraded_pixel_values = pixel_values * (1 - mask)
-        outputs.logits = self.patchify(outputs.reconstruction)
-        return outputs if return_dict is not False else outputs.to_tuple()
-
-    def purify(
-        self,
-        pixel_values: torch.Tensor,
-        sigma: str | float | int | torch.Tensor | None = None,
-        epsilon: torch.Tensor | None = None,
-        generator: Generators = None,
-        noise: torch.Tensor | None = None,
-        bool_masked_pos: torch.Tensor | None = None,
-        interpolate_pos_encoding: bool = False,
-    ) -> torch.Tensor:
-        """The defence (Eq. 9 up to the classifier): degrade, reconstruct, clamp to [0, 1]; arguments as in `forward`.
-
-        Gradients pass through the noise draw and the clamp on purpose: a white-box attacker has them. With
-        `degradation="mask"` the visible patches are those of the input.
-
-        Returns:
-            `(B, C, H, W)`, normalised.
-        """
-        outputs = self._reconstruct(
-            pixel_values, sigma, epsilon, generator, noise, bool_masked_pos, interpolate_pos_encoding
+        patches = encoded.last_hidden_state[:, 1:]  # (B, N, D)
+        feature_map = patches.transpose(1, 2).unflatten(2, grid)  # (B, D, H / patch, W / patch)
+        reconstruction = self.decoder(feature_map)  # (B, C, H, W)
+        return NIMForPreTrainingOutput(
+            logits=self.patchify(reconstruction),
+            mask=hidden,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+            reconstruction=reconstruction,
+            degraded_pixel_values=self.hide(degraded, hidden),
         )
-        purified = outputs.reconstruction.to(pixel_values.dtype)
-        if outputs.mask is not None:
-            mask = self._pixel_mask(outputs.mask, pixel_values)
-            purified = purified * mask + pixel_values * (1 - mask)
-        return clamp_to_image_range(purified, self.config.image_mean, self.config.image_std)
+
+    def forward_loss(self, pixel_values: torch.Tensor, output: NIMForPreTrainingOutput) -> torch.Tensor:
+        """The mean absolute error of `output.reconstruction` against clean images `(B, C, H, W)`: over every pixel (Eq. 4),
+        or over the hidden ones (Eq. 2)."""
+        error = nn.functional.l1_loss(output.reconstruction, pixel_values, reduction="none")
+        if output.mask is None:
+            return error.mean()
+        mask = self._pixel_mask(output.mask, error)
+        # The 1e-5 is the reference's, so that its losses are reproduced.
+        return (error * mask).sum() / (mask.sum() + 1e-5) / self.config.num_channels
+
+    @property
+    def mask_square_size(self) -> int:
+        """Side, in pixels, of what is hidden whole: a square of several patches."""
+        return self.config.mask_patch_size
+
+    def _hidden_from_noise(self, noise: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Hides `mask_ratio` of the squares, rounded up: those with the largest noise."""
+        side = self.mask_square_size
+        num_squares = noise.shape[1]
+        num_hidden = math.ceil(num_squares * self.config.mask_ratio)
+        rank = noise.argsort(dim=1).argsort(dim=1)
+        mask = (rank >= num_squares - num_hidden).view(-1, height // side, width // side)
+        scale = side // self.config.patch_size
+        return mask.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2).flatten(1)  # (B, N)
+
+    def _hidden_from_mask(self, mask: torch.Tensor) -> torch.Tensor:
+        return mask
+
+    def _mask_from_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden
 
 
 class NIMSimMIMForImageClassification(NIMSimMIMPreTrainedModel):

@@ -120,9 +120,34 @@ def sample_mask_noise(
     return torch.stack([torch.rand(shape[1:], generator=g, device=g.device) for g in generators]).to(device)
 
 
+def draw_noise(
+    spec: str | float | int,
+    shape: tuple[int, ...],
+    generator: Generators = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sigma and epsilon of a batch; under a generator image by image, sigma before epsilon (see `sample_sigma`).
+
+    Args:
+        spec: see `parse_sigma`.
+        shape: `(B, C, H, W)`, that of the images.
+
+    Returns:
+        `(B,)` on the scale of 0..255, float32, and standard normal noise of `shape`.
+    """
+    if generator is None:
+        return sample_sigma(spec, shape[0], None, device), sample_epsilon(shape, None, device, dtype)
+    sigmas, epsilons = [], []
+    for g in generators_per_image(generator, shape[0]):
+        sigmas.append(sample_sigma(spec, 1, g, device))
+        epsilons.append(sample_epsilon((1, *shape[1:]), g, device, dtype))
+    return torch.cat(sigmas), torch.cat(epsilons)
+
+
 def degrade(
     pixel_values: torch.Tensor,
-    sigma: "str | float | int | torch.Tensor",
+    sigma: str | float | int | torch.Tensor,
     epsilon: torch.Tensor | None,
     generator: Generators,
     image_std: Sequence[float],
@@ -137,20 +162,13 @@ def degrade(
     Returns:
         `(B, C, H, W)`, normalised and not clamped.
     """
-    batch_size = pixel_values.shape[0]
-    generators = [None] if generator is None else generators_per_image(generator, batch_size)
-    chunk = batch_size if generator is None else 1
-    # Image by image under a generator: sigma and epsilon of one image stand together in its stream.
-    draws_sigma = not isinstance(sigma, torch.Tensor)
-    sigmas, epsilons = [], []
-    for g in generators:
-        if draws_sigma:
-            sigmas.append(sample_sigma(sigma, chunk, g, pixel_values.device))
-        if epsilon is None:
-            shape = (chunk, *pixel_values.shape[1:])
-            epsilons.append(sample_epsilon(shape, g, pixel_values.device, pixel_values.dtype))
-    sigma = torch.cat(sigmas) if draws_sigma else sigma
-    epsilon = torch.cat(epsilons) if epsilon is None else epsilon
+    shape, device, dtype = pixel_values.shape, pixel_values.device, pixel_values.dtype
+    if isinstance(sigma, torch.Tensor):
+        epsilon = sample_epsilon(shape, generator, device, dtype) if epsilon is None else epsilon
+    elif epsilon is not None:
+        sigma = sample_sigma(sigma, shape[0], generator, device)
+    else:
+        sigma, epsilon = draw_noise(sigma, shape, generator, device, dtype)
     return add_noise(pixel_values, sigma, epsilon, image_std)
 
 

@@ -3,8 +3,6 @@
 Equations and sections are those of "Beyond Pretrained Features: Noisy Image Modeling Provides Adversarial Defense".
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -14,7 +12,6 @@ from transformers.models.vit_mae.modeling_vit_mae import (
     ViTMAEDecoder,
     ViTMAEEmbeddings,
     ViTMAEForPreTraining,
-    ViTMAEForPreTrainingOutput,
     ViTMAELayer,
     ViTMAEModel,
     ViTMAEModelOutput,
@@ -23,28 +20,10 @@ from transformers.models.vit_mae.modeling_vit_mae import (
 
 from .configuration_nim import NIMClassifierConfig, NIMConfig
 from .image_processing import ImageProcessorMixin
-from .noise_nim import Generators, clamp_to_image_range, degrade, sample_mask_noise
+from .pretraining_nim import NIMForPreTrainingOutput, NIMPreTrainingMixin
 
 
 PATCH_VARIANCE_FLOOR = 1e-6  # added to a patch's variance before the root, as MAE does
-
-
-@dataclass
-class NIMForPreTrainingOutput(ViTMAEForPreTrainingOutput):
-    """
-    Output of [`NIMForPreTraining`].
-
-    Args:
-        loss: scalar; mean squared error over all patches (noise, Eq. 4) or over the hidden ones (mask, Eq. 2).
-        logits: `(B, N, patch * patch * 3)`, the prediction of every patch, normalised per patch with `norm_pix_loss`; with
-            `residual_prediction` the degraded image is in it.
-        reconstruction: `(B, 3, H, W)`, the prediction as normalised images, not clamped.
-        degraded_pixel_values: `(B, 3, H, W)`, what the encoder saw: the noisy images, or the images with a mask in mask mode.
-        mask, ids_restore: `(B, N)`, only with `degradation="mask"`: 1 where a patch was hidden; the shuffling's inverse.
-    """
-
-    reconstruction: torch.Tensor | None = None
-    degraded_pixel_values: torch.Tensor | None = None
 
 
 def sincos_position_table(grid_size: int, dim: int) -> torch.Tensor:
@@ -112,6 +91,16 @@ class DropPath(nn.Module):
         return f"rate={self.rate}"
 
 
+def check_image_size(pixel_values: torch.Tensor, size: tuple[int, int]) -> None:
+    """ValueError for images of another height and width than the model's."""
+    height, width = pixel_values.shape[-2:]
+    if (height, width) != tuple(size):
+        raise ValueError(
+            f"the images are {height}x{width}, the model takes {size[0]}x{size[1]}: resize them with the model's image "
+            "processor, or pass interpolate_pos_encoding=True where the model allows it"
+        )
+
+
 def patch_mean_and_std(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of each patch, `(B, N, 1)` each, as `norm_pix_loss` uses them (unbiased variance)."""
     return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + PATCH_VARIANCE_FLOOR).sqrt()
@@ -151,11 +140,8 @@ class NIMEmbeddings(ViTMAEEmbeddings):
         interpolate_pos_encoding: bool | None = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         height, width = pixel_values.shape[-2:]
-        if not interpolate_pos_encoding and (height, width) != tuple(self.image_size):
-            raise ValueError(
-                f"the images are {height}x{width}, the model takes {self.image_size[0]}x{self.image_size[1]}: resize them "
-                "with the model's image processor, or pass interpolate_pos_encoding=True where the model allows it"
-            )
+        if not interpolate_pos_encoding:
+            check_image_size(pixel_values, self.image_size)
         tokens = self.patch_embeddings(pixel_values)  # (B, N, D)
         grid = (height // self.patch_size, width // self.patch_size)
         positions = resize_position_table(self.position_embeddings, grid)  # (1, 1 + N, D)
@@ -226,7 +212,7 @@ def _mark_fused_projections(model: nn.Module):
             module._is_fused_projection = True
 
 
-class NIMForPreTraining(NIMPreTrainedModel):
+class NIMForPreTraining(NIMPreTrainingMixin, NIMPreTrainedModel):
     r"""
     Encoder and decoder, trained to undo a degradation: noise (Eq. 3-4) or a mask (Eq. 1-2; MAE itself).
 
@@ -249,115 +235,95 @@ class NIMForPreTraining(NIMPreTrainedModel):
         self.decoder.mask_token.requires_grad_(config.degradation == "mask")
         self.post_init()
 
-    patchify = ViTMAEForPreTraining.patchify
     unpatchify = ViTMAEForPreTraining.unpatchify
 
-    def forward(
+    def reconstruct(
         self,
-        pixel_values: torch.Tensor,
-        sigma: str | float | int | torch.Tensor | None = None,
-        epsilon: torch.Tensor | None = None,
-        generator: Generators = None,
-        noise: torch.Tensor | None = None,
-        return_dict: bool | None = None,
+        degraded: torch.Tensor,
+        hidden: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
         **kwargs,
-    ) -> NIMForPreTrainingOutput | tuple:
-        r"""
-        Degrades the images, reconstructs them, and scores the reconstruction.
+    ) -> NIMForPreTrainingOutput:
+        """What the network makes of degraded images of the configured size.
 
         Args:
-            pixel_values: `(B, 3, H, W)`, clean and normalised, of the configured size.
-            sigma: scale of the noise on 0..255: a number, one per image `(B,)`, a specification such as
-                `"uniform(0, 30)"`, or None for the configuration's.
-            epsilon: `(B, 3, H, W)`, the standard normal noise of Eq. 3; drawn when None.
-            generator: where draws come from: None is the global RNG; one generator is shared by the images, drawn image by
-                image (independent of the batch size); a list gives each image its own.
-            noise: `(B, N)`, with `degradation="mask"` only: its order decides which patches are hidden, as in ViTMAE.
+            degraded, hidden: the two results of `degrade`; `hidden` `(B, N)` is the order in which patches are hidden.
+            pixel_values: `(B, C, H, W)`, the images before that; `patch_statistics="input"` takes its statistics from them.
+            interpolate_pos_encoding: refused when true, since the decoder's positions hold for the configured size alone.
 
-        Raises:
-            ValueError: the image size is not the configured one (the decoder's positions hold for that size alone), sigma is
-                negative, or an argument belongs to the other degradation.
+        Returns:
+            [`NIMForPreTrainingOutput`] without `loss`.
         """
-        self._check_arguments(sigma, epsilon, noise)
-        if kwargs.pop("interpolate_pos_encoding", None):
-            size = self.config.image_size
-            raise ValueError(
-                f"interpolate_pos_encoding: the decoder reconstructs {size}x{size} images only, resize the images"
-            )
-        if self.config.degradation == "noise":
-            sigma = self.config.sigma if sigma is None else sigma
-            degraded = degrade(pixel_values, sigma, epsilon, generator, self.config.image_std)  # Eq. 3
-        else:
-            degraded = pixel_values
-            if noise is None:
-                shape = (pixel_values.shape[0], self.vit.embeddings.patch_embeddings.num_patches)
-                noise = sample_mask_noise(shape, generator, pixel_values.device)
-
-        encoded: ViTMAEModelOutput = self.vit(degraded, noise=noise, **kwargs)
-        logits = self._decode(encoded.last_hidden_state, encoded.ids_restore)  # (B, N, patch * patch * 3)
-
-        target = self.patchify(pixel_values)  # (B, N, patch * patch * 3)
+        self._check_image_size(degraded, interpolate_pos_encoding)
+        encoded: ViTMAEModelOutput = self.vit(degraded, noise=hidden, **kwargs)
+        logits = self._decode(encoded.last_hidden_state, encoded.ids_restore)  # (B, N, patch * patch * C)
         if self.config.residual_prediction:
             logits = logits + self.patchify(degraded)
         predicted = logits
         if self.config.norm_pix_loss:
-            noisy_statistics = self.config.patch_statistics == "noisy"
-            mean, std = patch_mean_and_std(self.patchify(degraded) if noisy_statistics else target)
-            target = (target - mean) / std
+            mean, std = self._target_statistics(pixel_values, degraded)
             predicted = logits * std + mean  # Eq. 9 leaves this step out; the authors' code has it
-        reconstruction = self.unpatchify(predicted)  # (B, 3, H, W)
-
-        loss_per_patch = (logits - target).square().mean(dim=-1)  # (B, N)
-        mask = encoded.mask
-        if mask is None:
-            loss = loss_per_patch.mean()  # Eq. 4: every patch
-        else:
-            loss = (loss_per_patch * mask).sum() / mask.sum()  # Eq. 2: the hidden patches
-            degraded = pixel_values * self._pixel_mask(1 - mask)
-
-        output = NIMForPreTrainingOutput(
-            loss=loss,
+        return NIMForPreTrainingOutput(
             logits=logits,
-            mask=mask,
+            mask=encoded.mask,
             ids_restore=encoded.ids_restore,
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
-            reconstruction=reconstruction,
-            degraded_pixel_values=degraded,
+            reconstruction=self.unpatchify(predicted),  # (B, C, H, W)
+            degraded_pixel_values=self.hide(degraded, hidden),
         )
-        return output if return_dict is not False else output.to_tuple()
 
-    def purify(
-        self,
-        pixel_values: torch.Tensor,
-        sigma: str | float | int | torch.Tensor | None = None,
-        epsilon: torch.Tensor | None = None,
-        generator: Generators = None,
-        noise: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        r"""
-        The defence's first two steps in Eq. 9: degrade and reconstruct; gradients pass through both.
+    def forward_loss(self, pixel_values: torch.Tensor, output: NIMForPreTrainingOutput) -> torch.Tensor:
+        """The mean squared error of `output.logits` against clean images `(B, C, H, W)`: over every patch (Eq. 4), or over
+        the hidden ones (Eq. 2)."""
+        target = self.patchify(pixel_values)  # (B, N, patch * patch * C)
+        if self.config.norm_pix_loss:
+            mean, std = self._target_statistics(pixel_values, output.degraded_pixel_values)
+            target = (target - mean) / std
+        loss_per_patch = (output.logits - target).square().mean(dim=-1)  # (B, N)
+        if output.mask is None:
+            return loss_per_patch.mean()
+        return (loss_per_patch * output.mask).sum() / output.mask.sum()
 
-        Takes the arguments of `forward`. In mask mode the visible patches are pasted back into the reconstruction.
+    def _target_statistics(
+        self, pixel_values: torch.Tensor | None, degraded: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.config.patch_statistics == "noisy":
+            return patch_mean_and_std(self.patchify(degraded))
+        if pixel_values is None:
+            raise ValueError('patch_statistics="input" are those of the images before the noise: pass pixel_values')
+        return patch_mean_and_std(self.patchify(pixel_values))
 
-        Returns:
-            `(B, 3, H, W)`, normalised, clamped to the range of [0, 1] images.
-        """
-        output = self(pixel_values, sigma=sigma, epsilon=epsilon, generator=generator, noise=noise, return_dict=True)
-        images = output.reconstruction
-        if output.mask is not None:
-            images = torch.where(self._pixel_mask(output.mask).bool(), images, pixel_values)
-        return clamp_to_image_range(images, self.config.image_mean, self.config.image_std)
-
-    def _check_arguments(self, sigma, epsilon, noise):
-        if self.config.degradation == "noise" and noise is not None:
+    def _check_image_size(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> None:
+        size = self.config.image_size
+        if interpolate_pos_encoding:
             raise ValueError(
-                '`noise` orders the patches of degradation="mask"; here the degradation is "noise": use `epsilon`'
+                f"interpolate_pos_encoding: the decoder reconstructs {size}x{size} images only, resize the images"
             )
-        if self.config.degradation == "mask" and (sigma is not None or epsilon is not None):
+        check_image_size(pixel_values, (size, size))
+
+    @property
+    def mask_square_size(self) -> int:
+        """Side, in pixels, of what is hidden whole: a patch."""
+        return self.config.patch_size
+
+    def _hidden_from_noise(self, noise: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        return noise
+
+    def _mask_from_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
+        num_seen = int(hidden.shape[1] * (1 - self.config.mask_ratio))
+        return hidden.argsort(dim=1).argsort(dim=1) >= num_seen
+
+    def _hidden_from_mask(self, mask: torch.Tensor) -> torch.Tensor:
+        num_patches = mask.shape[1]
+        num_hidden = num_patches - int(num_patches * (1 - self.config.mask_ratio))
+        if (mask.bool().sum(dim=1) != num_hidden).any():
             raise ValueError(
-                '`sigma` and `epsilon` belong to degradation="noise"; this model hides patches: use `noise`'
+                f"bool_masked_pos must hide {num_hidden} of {num_patches} patches of each image (mask_ratio "
+                f"{self.config.mask_ratio}), got {mask.bool().sum(dim=1).tolist()}"
             )
+        return mask.float()  # hidden patches come last in this order
 
     def _decode(self, latent: torch.Tensor, ids_restore: torch.Tensor | None) -> torch.Tensor:
         if ids_restore is not None:
@@ -367,11 +333,6 @@ class NIMForPreTraining(NIMPreTrainedModel):
         for layer in self.decoder.decoder_layers:
             hidden_states = layer(hidden_states)
         return self.decoder.decoder_pred(self.decoder.decoder_norm(hidden_states))[:, 1:]
-
-    def _pixel_mask(self, patch_mask: torch.Tensor) -> torch.Tensor:
-        """`(B, N)` of patches to `(B, 3, H, W)` of pixels."""
-        values = patch_mask[..., None].expand(-1, -1, self.config.patch_size**2 * self.config.num_channels)
-        return self.unpatchify(values)
 
 
 class NIMForImageClassification(NIMPreTrainedModel):

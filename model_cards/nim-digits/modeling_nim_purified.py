@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_nim import NIMPurifiedConfig
 from .image_processing import ImageProcessorMixin
@@ -33,6 +35,23 @@ _CLASSIFIERS = {
 
 def _build_part(own: dict[str, type[PreTrainedModel]], auto_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
     return own[config.model_type](config) if config.model_type in own else auto_class.from_config(config)
+
+
+@dataclass
+class NIMPurifiedOutput(ImageClassifierOutput):
+    """
+    Output of [`NIMPurifiedImageClassification`].
+
+    Args:
+        loss: scalar cross-entropy, where labels are given.
+        logits: `(B, num_labels)`; with several votes, the log of their mean probabilities.
+        hidden_states, attentions: the classifier's, of each image's first vote, where they are asked for.
+        degraded_pixel_values: `(B, C, H, W)`, the images with the noise of the first vote (or with its hidden patches zero).
+        purified_pixel_values: `(B, C, H, W)`, the purified images of the first vote, in the purifier's normalisation.
+    """
+
+    degraded_pixel_values: torch.Tensor | None = None
+    purified_pixel_values: torch.Tensor | None = None
 
 
 class NIMPurifiedImageClassification(ImageProcessorMixin, PreTrainedModel):
@@ -136,6 +155,23 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, PreTrainedModel):
         model.purifier, model.classifier = purifier, classifier
         return model
 
+    def draw(
+        self,
+        batch_size: int,
+        generators: Generators = None,
+        sigma: str | float | int | None = None,
+        num_votes: int | None = None,
+        image_size: int | tuple[int, int] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """The purifier's `draw` at the defence's sigma, as keyword arguments of `forward`; with K votes `(B, K, ...)` each.
+
+        An image's votes are drawn one after the other, so that they are those of `forward(..., generator=generators)`.
+        """
+        votes = self._checked_votes(num_votes)
+        arguments = {"sigma": self._sigma(sigma), "image_size": image_size}
+        draws = self.purifier.draw(batch_size * votes, _one_per_vote(generators, batch_size, votes), **arguments)
+        return draws if votes == 1 else {name: draw.unflatten(0, (batch_size, votes)) for name, draw in draws.items()}
+
     def purify(
         self,
         pixel_values: torch.Tensor,
@@ -150,15 +186,22 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, PreTrainedModel):
         Returns:
             `(B, 3, H, W)`, in the purifier's size and normalisation, clamped to the range of [0, 1] images.
         """
-        if self._degrades_with_noise:
-            return self.purifier.purify(
-                pixel_values, sigma=self.config.sigma if sigma is None else sigma, epsilon=epsilon, generator=generator
-            )
-        return self.purifier.purify(pixel_values, sigma=sigma, epsilon=epsilon, generator=generator, noise=noise)
+        return self.purifier.purify(
+            pixel_values, sigma=self._sigma(sigma), epsilon=epsilon, generator=generator, noise=noise
+        )
 
-    @property
-    def _degrades_with_noise(self) -> bool:
-        return self.config.purifier_config.degradation == "noise"
+    def _sigma(self, sigma: str | float | int | torch.Tensor | None) -> str | float | int | torch.Tensor | None:
+        """The defence's own sigma where none is given and the purifier adds noise."""
+        own = sigma is None and self.config.purifier_config.degradation == "noise"
+        return self.config.sigma if own else sigma
+
+    def _checked_votes(self, num_votes: int | None) -> int:
+        votes = self.config.num_votes if num_votes is None else num_votes
+        if isinstance(votes, bool) or not isinstance(votes, int):
+            raise ValueError(f"num_votes must be a whole number, got {votes!r}")
+        if votes < 1:
+            raise ValueError(f"num_votes must be at least 1, got {votes}")
+        return votes
 
     def prepare_for_classifier(self, pixel_values: torch.Tensor) -> torch.Tensor:
         r"""
@@ -178,6 +221,7 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, PreTrainedModel):
             pixel_values = normalize(denormalize(pixel_values, *own), *target)
         return pixel_values.to(next((weight.dtype for weight in self.classifier.parameters()), pixel_values.dtype))
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: torch.Tensor,
@@ -187,52 +231,79 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, PreTrainedModel):
         generator: Generators = None,
         num_votes: int | None = None,
         noise: torch.Tensor | None = None,
-        return_dict: bool | None = None,
         **kwargs,
-    ) -> ImageClassifierOutput | tuple:
+    ) -> NIMPurifiedOutput | tuple:
         r"""
         Args:
             pixel_values: `(B, 3, H, W)`, in the purifier's size and normalisation.
             labels: `(B,)` class indices; adds the cross-entropy as `loss`.
-            sigma: scale of the noise on 0..255, a specification, or one per image; None is the configuration's.
+            sigma: scale of the noise on 0..255, a specification, one per image `(B,)` or one per vote `(B, K)`; None is the
+                configuration's.
             epsilon: `(B, 3, H, W)`, or `(B, K, 3, H, W)` for K votes; drawn when None.
             generator: None is the global RNG; one generator is drawn image by image and within an image vote by vote, so
                 that the answer does not depend on the batch size; a list gives each image its own.
             num_votes: K noise draws per image; None is the configuration's.
-            noise: `(B, N)`, orders the patches of a purifier with `degradation="mask"`.
+            noise: `(B, M)`, or `(B, K, M)` for K votes; orders the patches of a purifier that hides some.
+            kwargs: for the classifier, such as `output_hidden_states`.
 
         Returns:
-            `ImageClassifierOutput`; with K votes, `logits` `(B, num_labels)` are the log of the mean probabilities.
+            [`NIMPurifiedOutput`]; with K votes, `logits` `(B, num_labels)` are the log of the mean probabilities.
 
         Raises:
-            ValueError: `num_votes` below 1, or an epsilon or a sigma that does not fit the images and votes.
+            ValueError: `num_votes` below 1, or a draw that does not fit the images and votes.
         """
-        votes = self.config.num_votes if num_votes is None else num_votes
-        if votes < 1:
-            raise ValueError(f"num_votes must be at least 1, got {votes}")
+        votes = self._checked_votes(num_votes)
         batch_size = pixel_values.shape[0]
-        if epsilon is not None and epsilon.ndim == 5:
-            if num_votes is not None and epsilon.shape[1] != votes:
-                raise ValueError(f"epsilon holds {epsilon.shape[1]} draws for num_votes={votes}")
-            votes, epsilon = epsilon.shape[1], epsilon.flatten(0, 1)  # (B * K, 3, H, W)
-        elif votes > 1 and (epsilon is not None or noise is not None):
-            raise ValueError(f"num_votes={votes} needs as many draws per image: pass epsilon as (B, {votes}, 3, H, W)")
+        if num_votes is None:  # draws for several votes say how many these are
+            per_vote = [draw for draw, ndim in ((epsilon, 5), (noise, 3)) if draw is not None and draw.ndim == ndim]
+            votes = per_vote[0].shape[1] if per_vote else votes
         if votes > 1:
             pixel_values = pixel_values.repeat_interleave(votes, dim=0)  # (B * K, 3, H, W)
-            if isinstance(sigma, torch.Tensor) and sigma.ndim == 1 and sigma.shape[0] == batch_size:
-                sigma = sigma.repeat_interleave(votes)
-            if generator is not None:
-                generator = [g for g in generators_per_image(generator, batch_size) for _ in range(votes)]
+        epsilon = _flatten_votes("epsilon", epsilon, ("3", "H", "W"), votes)
+        noise = _flatten_votes("noise", noise, ("M",), votes)
+        if isinstance(sigma, torch.Tensor) and sigma.ndim == 1 and sigma.shape[0] == batch_size:
+            sigma = sigma.repeat_interleave(votes)
+        elif isinstance(sigma, torch.Tensor) and sigma.ndim == 2:
+            sigma = _flatten_votes("sigma", sigma, (), votes)
+        generator = _one_per_vote(generator, batch_size, votes)
 
-        purified = self.purify(pixel_values, sigma=sigma, epsilon=epsilon, generator=generator, noise=noise)
-        logits = self.classifier(self.prepare_for_classifier(purified), **kwargs).logits  # (B * K, num_labels)
+        degraded, hidden = self.purifier.degrade(pixel_values, self._sigma(sigma), epsilon, generator, noise)
+        purified = self.purifier.restore(degraded, hidden, pixel_values)  # (B * K, 3, H, W)
+        classified = self.classifier(self.prepare_for_classifier(purified), **kwargs)
+        logits = classified.logits  # (B * K, num_labels)
         if votes > 1:
             log_probabilities = logits.float().log_softmax(dim=-1).view(batch_size, votes, -1)
             logits = torch.logsumexp(log_probabilities, dim=1) - torch.tensor(float(votes)).log()  # (B, num_labels)
-        output = ImageClassifierOutput(
-            loss=None if labels is None else classification_loss(logits, labels), logits=logits
+        return NIMPurifiedOutput(
+            loss=None if labels is None else classification_loss(logits, labels),
+            logits=logits,
+            hidden_states=_of_first_vote(getattr(classified, "hidden_states", None), votes),
+            attentions=_of_first_vote(getattr(classified, "attentions", None), votes),
+            degraded_pixel_values=self.purifier.hide(degraded[::votes], None if hidden is None else hidden[::votes]),
+            purified_pixel_values=purified[::votes],
         )
-        return output if return_dict is not False else output.to_tuple()
+
+
+def _one_per_vote(generator: Generators, batch_size: int, votes: int) -> Generators:
+    if generator is None or votes == 1:
+        return generator
+    return [g for g in generators_per_image(generator, batch_size) for _ in range(votes)]
+
+
+def _flatten_votes(name: str, draw: torch.Tensor | None, shape: tuple[str, ...], votes: int) -> torch.Tensor | None:
+    """Draws `(B, K, *shape)` as `(B * K, *shape)`; `(B, *shape)`, of a single vote, as they are."""
+    if draw is None or (votes == 1 and draw.ndim == 1 + len(shape)):
+        return draw
+    if draw.ndim != 2 + len(shape):
+        expected = ", ".join(("B", str(votes), *shape))
+        raise ValueError(f"num_votes={votes} needs as many draws per image: pass {name} as ({expected})")
+    if draw.shape[1] != votes:
+        raise ValueError(f"{name} holds {draw.shape[1]} draws for num_votes={votes}")
+    return draw.flatten(0, 1)
+
+
+def _of_first_vote(tensors: tuple[torch.Tensor, ...] | None, votes: int) -> tuple[torch.Tensor, ...] | None:
+    return None if tensors is None else tuple(tensor[::votes] for tensor in tensors)
 
 
 def _image_settings(config: PreTrainedConfig) -> dict[str, Any]:

@@ -53,6 +53,16 @@ def test_help_of_a_recipe_needs_no_imports_and_names_every_key(script, schema):
         assert f"  {key.name}: {key.type} (" in run.stdout
 
 
+@pytest.mark.parametrize("script", ["export", "push_to_hub", "releases"])
+def test_help_of_a_script_with_options_needs_no_imports(script):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, f"scripts/{script}.py", "--help"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime - before.ru_utime < 1
+    assert f"scripts/{script}.py" in shown and "  -h, --help" in shown
+
+
 def leaves(schema: type, prefix: str = ""):
     """The keys of a dataclass as the interpreter knows them: dotted name and default, `...` where there is none."""
     hints = typing.get_type_hints(schema)
