@@ -46,6 +46,10 @@ _PRETRAINING_ONLY = (
     "norm_pix_loss",
     "patch_statistics",
     "residual_prediction",
+    "tile_stride",
+    "tile_border",
+    "tile_window",
+    "tile_batch_size",
     "mask_ratio",
     "mask_patch_size",
     "use_mask_token",
@@ -89,6 +93,20 @@ def _check_patch_embedding(config: PreTrainedConfig) -> None:
         )
 
 
+def _check_tiles(config: PreTrainedConfig) -> None:
+    size = config.image_size
+    stride = size // 2 if config.tile_stride is None else config.tile_stride
+    border = size // 4 if config.tile_border is None else config.tile_border
+    # The border at the right is up to stride - 1 pixels wider, and an image of one tile can reflect size - 1 of its own.
+    if stride < 1 or border < 0 or stride + border > size:
+        raise ValueError(
+            f"tile_stride {config.tile_stride} must be above 0, tile_border {config.tile_border} not below 0, and their sum "
+            f"at most image_size {size}"
+        )
+    if config.tile_batch_size < 1:
+        raise ValueError(f"tile_batch_size must be at least 1, got {config.tile_batch_size}")
+
+
 def _with_encoder_in_auto_map(config_dict: dict[str, Any], encoder: str) -> dict[str, Any]:
     """Lets AutoModel find the encoder of a published pre-training model, for its features."""
     auto_map = config_dict.get("auto_map") or {}
@@ -119,6 +137,13 @@ class NIMConfig(ViTMAEConfig):
         residual_prediction (`bool`, *optional*, defaults to `False`):
             Whether the decoder predicts what to add to the noisy image instead of the clean image (Zhang et al. 2017).
             Needs `degradation="noise"` and `norm_pix_loss=False`.
+        tile_stride, tile_border (`int`, *optional*):
+            How `purify` covers images larger than `image_size`: distance between tiles of that size, and width of the
+            reflected border around the image. None is a half and a quarter of `image_size`.
+        tile_window (`"hann"` or `"uniform"`, *optional*, defaults to `"hann"`):
+            Weight of a tile's pixels where tiles overlap.
+        tile_batch_size (`int`, *optional*, defaults to 64):
+            Most tiles that are computed, and with a gradient held in memory, at once.
         image_mean, image_std (`list[float]`, *optional*, defaults to ImageNet's):
             Normalisation of `pixel_values`; sigma needs it to become a scale of normalised pixels.
     """
@@ -132,6 +157,10 @@ class NIMConfig(ViTMAEConfig):
     patch_statistics: Literal["input", "noisy"] = "input"
     patch_embedding: Literal["linear", "convolutional"] = "linear"
     residual_prediction: bool = False
+    tile_stride: int | None = None
+    tile_border: int | None = None
+    tile_window: Literal["hann", "uniform"] = "hann"
+    tile_batch_size: int = 64
     image_mean: list[float] | tuple[float, ...] = (0.485, 0.456, 0.406)
     image_std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
 
@@ -146,6 +175,7 @@ class NIMConfig(ViTMAEConfig):
         if self.degradation == "mask" and not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio must be between 0 and 1, got {self.mask_ratio}")
         _check_patch_embedding(self)
+        _check_tiles(self)
         if self.degradation == "mask" and self.patch_embedding == "convolutional":
             raise ValueError(
                 'patch_embedding="convolutional" has no meaning with degradation="mask": its windows overlap, so that '
@@ -266,6 +296,13 @@ class NIMSimMIMConfig(BeitConfig):
             Share of the image that is masked; the number of masked squares is rounded up.
         mask_patch_size (`int`, *optional*, defaults to 32):
             Side, in pixels, of the squares that are masked whole.
+        tile_stride, tile_border (`int`, *optional*):
+            How `purify` covers images larger than `image_size`: distance between tiles of that size, and width of the
+            reflected border around the image. None is a half and a quarter of `image_size`.
+        tile_window (`"hann"` or `"uniform"`, *optional*, defaults to `"hann"`):
+            Weight of a tile's pixels where tiles overlap.
+        tile_batch_size (`int`, *optional*, defaults to 64):
+            Most tiles that are computed, and with a gradient held in memory, at once.
         image_mean, image_std (`list[float]`, *optional*, defaults to ImageNet's):
             Normalisation of `pixel_values`; sigma needs it to become a scale of normalised pixels.
     """
@@ -279,12 +316,17 @@ class NIMSimMIMConfig(BeitConfig):
     sigma: str | float | int = "gamma(25, 3)"
     mask_ratio: float = 0.6
     mask_patch_size: int = 32
+    tile_stride: int | None = None
+    tile_border: int | None = None
+    tile_window: Literal["hann", "uniform"] = "hann"
+    tile_batch_size: int = 64
     image_mean: list[float] | tuple[float, ...] = (0.485, 0.456, 0.406)
     image_std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self, **kwargs):
         parse_sigma(self.sigma)
         _fix_simmim_fields(self, _SIMMIM_PRETRAINING, kwargs)
+        _check_tiles(self)
         if self.degradation == "mask":
             if self.image_size % self.mask_patch_size or self.mask_patch_size % self.patch_size:
                 raise ValueError(
