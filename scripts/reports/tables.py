@@ -1,7 +1,10 @@
 """What the README, the cards and the paper's tables share: finding rows of results, and printing numbers and tables."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
+
+import jinja2
 
 
 Row = dict[str, Any]  # one of the `rows` of a summary.json or certified.json
@@ -49,3 +52,23 @@ def attack_text(row: Row) -> str:
     details += [f"{settings['restarts']} restarts"] if settings.get("restarts", 1) > 1 else []
     details += [f"{settings['queries']} queries"] if "queries" in settings else []
     return row["attack"] + (f" ({', '.join(details)})" if details else "")
+
+
+def half_width(row: Row) -> float:
+    """Half of the 95% interval, in percent."""
+    return (row["ci95"][1] - row["ci95"][0]) / 2
+
+
+def environment(folder: Path) -> jinja2.Environment:
+    """The templates of a folder, with the functions above; a name that is not known is an error."""
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        extensions=["jinja2.ext.do"],
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,
+        keep_trailing_newline=True,
+    )
+    made.filters |= {"row": find_row, "rows": find_rows, "percent": percent, "number": number}
+    made.filters |= {"half_width": half_width, "attack_text": attack_text}
+    made.globals["table"] = markdown_table
+    return made

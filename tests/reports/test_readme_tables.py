@@ -1,26 +1,42 @@
-"""The README's tables are what the result files say."""
+"""The tables and findings of the documents are what the result files say."""
 
 import json
+import shutil
+
+import pytest
 
 from reports import readme as make_readme
 
 
-def test_the_readme_is_up_to_date_with_the_results(monkeypatch, tmp_path):
-    readme = (make_readme.ROOT / "README.md").read_text(encoding="utf-8")
-    assert make_readme.filled(readme) == readme, "run `make cards`"
-    assert make_readme.main(["--check"]) == 0
-    changed = readme.replace("| **purified, sigma 75** |", "| **purified, sigma 75**  |")
-    assert changed != readme and make_readme.filled(changed) == readme
+RESULTS = make_readme.ROOT / "results"
+DOCUMENTS = [make_readme.ROOT / "README.md", *sorted((make_readme.ROOT / "docs").glob("*.md"))]
 
 
-def test_the_demo_table_shows_the_rows_of_the_summary():
-    summary = json.loads((make_readme.DIGITS / "summary.json").read_text(encoding="utf-8"))
-    table = make_readme.demo_table(summary)
-    [row] = [
-        row
-        for row in summary["rows"]
-        if (row["model"], row["sigma"], row["threat_model"], row["epsilon_255"]) == ("purified", 75, "white_box", 8)
-    ]
-    [line] = [line for line in table.splitlines() if line.startswith("| **purified, sigma 75**")]
-    low, high = row["ci95"]
-    assert f"{row['accuracy']:.1f} [{low:.1f}, {high:.1f}]" in line
+def test_the_documents_are_up_to_date_with_the_results():
+    assert make_readme.main(["--check"]) == 0, "run `make cards`"
+    marked = [name for path in DOCUMENTS for name in make_readme.MARKED.findall(path.read_text(encoding="utf-8"))]
+    templates = {path.name.partition(".")[0] for path in (make_readme.ROOT / "scripts/reports/templates").iterdir()}
+    assert {name for _, name, _ in marked} == templates
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_a_number_that_was_changed_by_hand_is_made_again(path):
+    text = path.read_text(encoding="utf-8")
+    for start, _, end in make_readme.MARKED.findall(text):
+        changed = text.replace(start, start + "97.9 by hand\n")
+        assert changed != text and end in changed
+        assert make_readme.filled(changed, RESULTS) == text
+
+
+def test_the_demo_table_shows_the_rows_of_the_summary(tmp_path):
+    shutil.copytree(RESULTS / "digits", tmp_path / "digits")
+    file = tmp_path / "digits" / "summary.json"
+    summary = json.loads(file.read_text(encoding="utf-8"))
+    for row in summary["rows"]:
+        if (row["model"], row["sigma"], row["threat_model"]) == ("purified", 75, "white_box"):
+            row["accuracy"] = 10.0 + row["epsilon_255"]
+            row["ci95"] = [row["accuracy"] - 1, row["accuracy"] + 1]
+    file.write_text(json.dumps(summary))
+    made = make_readme.filled("<!-- results:demo -->\n<!-- end -->", tmp_path)
+    [line] = [line for line in made.splitlines() if line.startswith("| **purified, sigma 75**")]
+    assert "| 14.0 / 18.0 [17.0, 19.0] / 26.0 |" in line
