@@ -61,7 +61,9 @@ def test_commands_of_the_readme_name_what_exists(words):
     if "--config_file" in words:
         launch = yaml.safe_load((REPOSITORY / words[words.index("--config_file") + 1]).read_text())
         assert launch["compute_environment"] == "LOCAL_MACHINE"
-    (position,) = [index for index, word in enumerate(words) if re.fullmatch(r"scripts/[\w/]+\.py", word)]
+    position = [index for index, word in enumerate(words) if re.fullmatch(r"scripts/[\w/]+\.py", word)][
+        -1
+    ]  # behind launch.py
     script, arguments = REPOSITORY / words[position], words[position + 1 :]
     source = script.read_text()
     schemas = {"run_attack": lambda: AttackRunRecipe, "run_certify": lambda: CertifyRecipe}
