@@ -2,7 +2,9 @@
 
 import itertools
 import math
+import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -283,12 +285,21 @@ def training_loader(
 
 
 def ignore_stop_signals(_: int) -> None:
-    """For a loader's workers: a signal to the process group must not take them from a run that is about to save.
+    """For a loader's workers: a signal to all processes must not take them from a run that is about to save.
 
-    They end when the run does, and notice when it was killed.
+    They end when the run tells them to, and notice when it was killed.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(run: int) -> None:
+    """Ends this process at a SIGTERM from the process `run`, and at no other's."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != run:
+        pass
+    os._exit(0)
 
 
 def _as_fetched(batch):
