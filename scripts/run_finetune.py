@@ -41,7 +41,8 @@ from modeling_nim.runs.locks import lock_output_dir
 from modeling_nim.runs.recipe import parse_command_line
 from modeling_nim.training.adversary import AdversaryRecipe, epsilon_255_at
 from modeling_nim.training.checkpoints import load_newest_checkpoint, save_checkpoint
-from modeling_nim.training.finetuning import Finetuning
+from modeling_nim.training.consistency import ConsistencyRecipe
+from modeling_nim.training.finetuning import FeatureLossRecipe, Finetuning
 from modeling_nim.training.models import (
     enable_activation_checkpointing,
     load_classifier,
@@ -98,6 +99,8 @@ class FinetuneRecipe:
     crop: CropRecipe = field(default_factory=CropRecipe)
     augmentation: AugmentationRecipe = field(default_factory=AugmentationRecipe)
     adversary: AdversaryRecipe = field(default_factory=AdversaryRecipe)
+    consistency: ConsistencyRecipe = field(default_factory=ConsistencyRecipe)
+    feature_loss: FeatureLossRecipe = field(default_factory=FeatureLossRecipe)
     validation: ValidationRecipe = field(default_factory=ValidationRecipe)
     execution: ExecutionRecipe = field(default_factory=ExecutionRecipe)
     checkpoints: CheckpointRecipe = field(default_factory=CheckpointRecipe)
@@ -113,6 +116,19 @@ class FinetuneRecipe:
         if self.images == "original" and self.adversary.trains != "classifier":
             raise ValueError(
                 f"adversary.trains {self.adversary.trains} needs the purifier in the way of the images: set images=denoised"
+            )
+        if self.images == "original" and self.consistency.num_draws > 1:
+            raise ValueError(
+                f"consistency.num_draws {self.consistency.num_draws} are draws of the purifier's noise: set images=denoised"
+            )
+        if self.feature_loss.weight and self.adversary.trains != "purifier":
+            raise ValueError(
+                f"feature_loss.weight {self.feature_loss.weight} is for a purifier before a frozen classifier: set "
+                f"adversary.trains=purifier"
+            )
+        if self.feature_loss.weight and self.execution.compile:
+            raise ValueError(
+                "feature_loss looks into the classifier, which compiled code does not allow: unset execution.compile"
             )
 
 
@@ -151,18 +167,18 @@ def main() -> int:
     finetuning.train()
     micro_losses = []
     for batch in reporter.timed(loader):
-        clean_01 = to_images_01(batch["pixels"])  # (B, 3, H, W)
+        images_01 = to_images_01(batch["pixels"])  # (B, 3, H, W)
         targets = torch.nn.functional.one_hot(batch["labels"], config.num_labels).float()
         targets = targets * (1 - recipe.label_smoothing) + recipe.label_smoothing / config.num_labels
         which = (batch["epochs"], batch["indices"])
         statistics = (config.image_mean, config.image_std)  # for random erasing
-        clean_01, targets = augment(clean_01, targets, recipe.augmentation, recipe.seed, *which, *statistics)
-        targets = finetuning.targets(targets, clean_01)
-        images_01 = finetuning.attack(clean_01, targets, which, epsilon_255_at(step, recipe.adversary, plan))
+        images_01, targets = augment(images_01, targets, recipe.augmentation, recipe.seed, *which, *statistics)
+        clean = finetuning.clean(images_01, targets)
+        images_01 = finetuning.attack(clean, which, epsilon_255_at(step, recipe.adversary, plan))
         learning_rate = learning_rate_at(step, recipe.optimization, plan)
         set_learning_rate(optimizer, learning_rate)
         with accelerator.accumulate(model):
-            loss = finetuning.loss(images_01, targets, which, clean_01)  # Eq. 10
+            loss = finetuning.loss(images_01, clean, which)  # Eq. 10
             accelerator.backward(loss)
             if accelerator.sync_gradients and recipe.optimization.max_grad_norm:
                 accelerator.clip_grad_norm_(model.parameters(), recipe.optimization.max_grad_norm)

@@ -1,6 +1,8 @@
 """One step of fine-tuning: what the images meet before the classifier, the attack on it, and the loss."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,14 +13,40 @@ from torch import nn
 from .. import NIMPurifiedImageClassification, normalize
 from ..data.randomness import generators, image_seeds
 from .adversary import adversarial_images, as_attacked
-from .optimization import soft_cross_entropy
+from .consistency import consistent_cross_entropy
+
+
+@dataclass
+class FeatureLossRecipe:
+    """The `feature_loss` section, for a purifier in front of a frozen classifier.
+
+    `weight` times the squared error of what the classifier's last linear layer gets, purified image against clean one, as a
+    share of the clean one's square (the stability of Salman et al. 2020, on features).
+    """
+
+    weight: float = 0.0
+
+    def __post_init__(self):
+        if self.weight < 0:
+            raise ValueError(f"feature_loss.weight must be >= 0, got {self.weight}")
+
+
+@dataclass
+class CleanImages:
+    """Images before the attack `(B, 3, H, W)`, what is to be learned of them `(B, num_labels)`, and, for the feature loss,
+    the classifier's features `(B, D)`."""
+
+    images_01: torch.Tensor
+    targets: torch.Tensor
+    features: torch.Tensor | None = None
 
 
 class Finetuning:
     """The model of a fine-tuning recipe as training, attack and validation use it.
 
     Args:
-        recipe: with `seed`, `images`, `sigma` and `adversary`, as `scripts/run_finetune.py` declares them.
+        recipe: with `seed`, `images`, `sigma`, `adversary`, `consistency` and `feature_loss`, as
+            `scripts/run_finetune.py` declares them.
         model: what is trained, prepared by the accelerator: the classifier, or purifier and classifier composed.
         purified_model: the composed model, sharing its parts with `model`; None without a purifier.
     """
@@ -35,6 +63,9 @@ class Finetuning:
         self.trains_purifier = self.purified_model is not None and recipe.adversary.trains != "classifier"
         self.unwrapped = accelerator.unwrap_model(model)
         self.config = (self.purified_model or accelerator.unwrap_model(model, keep_torch_compile=False)).config
+        self.head = None
+        if recipe.feature_loss.weight:
+            self.head = find_head(purified_model.classifier)
 
     def train(self) -> None:
         """Training mode for what learns; what is frozen stays in evaluation mode."""
@@ -46,13 +77,15 @@ class Finetuning:
         return normalize(images_01, self.config.image_mean, self.config.image_std)
 
     @torch.no_grad()
-    def targets(self, labels: torch.Tensor, clean_01: torch.Tensor) -> torch.Tensor:
-        """`(B, num_labels)` probabilities to learn: `labels`, or what the frozen classifier says of the clean images."""
-        if self.recipe.adversary.targets == "labels":
-            return labels
-        with self.accelerator.autocast():
-            pixel_values = self.purified_model.prepare_for_classifier(self.normalize(clean_01))
-            return self.purified_model.classifier(pixel_values).logits.float().softmax(dim=-1)
+    def clean(self, images_01: torch.Tensor, targets: torch.Tensor) -> CleanImages:
+        """The images with what is to be learned of them: `targets`, or what the frozen classifier says."""
+        asks = self.recipe.adversary.targets == "clean_answer"
+        if not asks and self.head is None:
+            return CleanImages(images_01, targets)
+        with self.accelerator.autocast(), inputs_of(self.head) as features:
+            pixel_values = self.purified_model.prepare_for_classifier(self.normalize(images_01))
+            logits = self.purified_model.classifier(pixel_values).logits
+        return CleanImages(images_01, logits.float().softmax(dim=-1) if asks else targets, *features)
 
     def draw(self, seeds: np.ndarray | Sequence[int]) -> dict[str, torch.Tensor]:
         """The degradation of one image for each seed; nothing where images are taken as they are."""
@@ -61,16 +94,14 @@ class Finetuning:
         named = generators(np.asarray(seeds, np.uint64), self.accelerator.device)
         return self.purified_model.purifier.draw(len(seeds), named, self.recipe.sigma)
 
-    def attack(
-        self, images_01: torch.Tensor, targets: torch.Tensor, which: tuple[np.ndarray, np.ndarray], epsilon_255: float
-    ) -> torch.Tensor:
+    def attack(self, clean: CleanImages, which: tuple[np.ndarray, np.ndarray], epsilon_255: float) -> torch.Tensor:
         """Adversarial images, made through noise, purifier, clamp and classifier; see `adversarial_images`.
 
         The noise has the sigma that the image will meet in training, and draws that nothing else uses. `which` are the
         epochs and indices of the images.
         """
         if epsilon_255 == 0:
-            return images_01
+            return clean.images_01
         sigma = self.draw(image_seeds(self.recipe.seed, *which, "degradation")).get("sigma")
 
         def forward(images_01: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
@@ -81,22 +112,28 @@ class Finetuning:
         names = [str(seed) for seed in image_seeds(self.recipe.seed, *which, "adversary")]
         with as_attacked(self.unwrapped):
             return adversarial_images(
-                forward, images_01, targets, names, self.recipe.seed, epsilon_255, self.recipe.adversary
+                forward, clean.images_01, clean.targets, names, self.recipe.seed, epsilon_255, self.recipe.adversary
             )
 
-    def loss(
-        self,
-        images_01: torch.Tensor,
-        targets: torch.Tensor,
-        which: tuple[np.ndarray, np.ndarray],
-        clean_01: torch.Tensor,
-    ) -> torch.Tensor:
-        """Eq. 10 on `images_01` `(B, 3, H, W)`, and the distance of what is purified to `clean_01` where that counts."""
-        draws = self.draw(image_seeds(self.recipe.seed, *which, "degradation"))
-        logits, purified = self._answer(self.model, self.normalize(images_01), draws)
-        loss = soft_cross_entropy(logits, targets)
+    def loss(self, images_01: torch.Tensor, clean: CleanImages, which: tuple[np.ndarray, np.ndarray]) -> torch.Tensor:
+        """Eq. 10 on `images_01` `(B, 3, H, W)`, and what the recipe adds to it."""
+        num_draws = self.recipe.consistency.num_draws
+        purposes = ["degradation", *(f"degradation {number}" for number in range(1, num_draws))]
+        seeds = np.stack([image_seeds(self.recipe.seed, *which, purpose) for purpose in purposes], axis=1)  # (B, K)
+        draws = self.draw(seeds.flatten())
+        if "sigma" in draws:  # all draws of an image at the sigma of its first
+            draws["sigma"] = draws["sigma"][::num_draws].repeat_interleave(num_draws)
+        pixel_values = self.normalize(images_01).repeat_interleave(num_draws, dim=0)  # (B * K, 3, H, W)
+        with inputs_of(self.head) as features:
+            logits, purified = self._answer(self.model, pixel_values, draws)
+        loss = consistent_cross_entropy(logits.unflatten(0, (-1, num_draws)), clean.targets, self.recipe.consistency)
         if weight := self.recipe.adversary.reconstruction_weight:
-            loss = loss + weight * (purified.float() - self.normalize(clean_01)).square().mean()
+            target = self.normalize(clean.images_01).repeat_interleave(num_draws, dim=0)
+            loss = loss + weight * (purified.float() - target).square().mean()
+        if weight := self.recipe.feature_loss.weight:
+            target = clean.features.float().repeat_interleave(num_draws, dim=0)  # (B * K, D)
+            errors = (features[0].float() - target).square().sum(dim=-1) / target.square().sum(dim=-1).clamp_min(1e-12)
+            loss = loss + weight * errors.mean()
         return loss
 
     def predict(self, model: nn.Module, images_01: torch.Tensor, indices: np.ndarray) -> torch.Tensor:
@@ -124,3 +161,29 @@ class Finetuning:
                 purified = self.purified_model.purify(pixel_values, **draws)  # clamped
                 pixel_values = self.purified_model.prepare_for_classifier(purified)
         return model(pixel_values).logits, None
+
+
+def find_head(classifier: nn.Module) -> nn.Linear:
+    """The last linear layer that gives one number for each class; ValueError without any."""
+    num_labels = classifier.config.num_labels
+    heads = [m for m in classifier.modules() if isinstance(m, nn.Linear) and m.out_features == num_labels]
+    if not heads:
+        raise ValueError(
+            f"feature_loss needs a linear layer with {num_labels} outputs in {type(classifier).__name__} and finds none; "
+            f"use adversary.targets=clean_answer alone"
+        )
+    return heads[-1]
+
+
+@contextmanager
+def inputs_of(module: nn.Module | None) -> Iterator[list[torch.Tensor]]:
+    """A list that gets what `module` is called with while the block runs; for None it stays empty."""
+    inputs: list[torch.Tensor] = []
+    if module is None:
+        yield inputs
+        return
+    handle = module.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    try:
+        yield inputs
+    finally:
+        handle.remove()

@@ -134,9 +134,11 @@ def _check_draws(model_dir):
     model.register_forward_pre_hook(note, with_kwargs=True)
     images_01, targets = torch.rand(2, 3, 32, 32), torch.eye(10)[[1, 7]]
     which = (np.array([0, 0]), np.array([5, 9]))
-    adversarial_01 = finetuning.attack(images_01, targets, which, 8.0)
+    clean = finetuning.clean(images_01, targets)
+    assert clean.targets is targets and clean.features is None
+    adversarial_01 = finetuning.attack(clean, which, 8.0)
     assert all(weight.grad is None for weight in model.parameters())
-    loss = finetuning.loss(adversarial_01, targets, which, images_01)
+    loss = finetuning.loss(adversarial_01, clean, which)
 
     assert [training for training, _, _ in met] == [False, False, True]
     assert all(torch.equal(sigma, met[-1][1]) for _, sigma, _ in met)  # the sigma that the image will meet
