@@ -57,7 +57,7 @@ def load_recipe(
     """
     values: dict[str, Any] = {}
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
-        values = _merge(values, _read_yaml(path))
+        values = _merge(values, read_recipe(path))
     for override in overrides:
         _apply_override(values, override)
     return build_dataclass(schema, values)
@@ -84,7 +84,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: str | os.PathLike) -> dict[str, Any]:
+def read_recipe(path: str | os.PathLike) -> dict[str, Any]:
+    """What one YAML file says, as it stands there; raises as `load_recipe` does."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no recipe {str(path)!r}; name a YAML file, e.g. one of scripts/recipes/")
     with open(path, encoding="utf-8") as file:

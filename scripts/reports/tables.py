@@ -1,5 +1,6 @@
 """What the README, the cards and the paper's tables share: finding rows of results, and printing numbers and tables."""
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,6 @@ def environment(folder: Path) -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     made.filters |= {"row": find_row, "rows": find_rows, "percent": percent, "number": number}
-    made.filters |= {"half_width": half_width, "attack_text": attack_text}
+    made.filters |= {"half_width": half_width, "attack_text": attack_text, "json": json.dumps}
     made.globals["table"] = markdown_table
     return made
