@@ -389,8 +389,14 @@ class NIMPurifiedConfig(PreTrainedConfig):
             Scale of the defence's noise on 0..255 (sigma_dfs in Eq. 9; the paper's Table 1 uses 30).
         num_votes (`int`, *optional*, defaults to 1):
             Noise draws whose class probabilities are averaged.
+        image_size (`int`, *optional*):
+            Side of the square images that the defense takes and purifies; None is the purifier's. The purifier covers larger
+            images in tiles.
+        image_geometry (`dict`, *optional*):
+            How the classifier's own image processor resizes and crops to `image_size`, in a ViT image processor's words;
+            None is `image_processor_for`'s way.
         classifier_image_size (`int`, *optional*):
-            Side of the square images that the classifier takes; None takes the purifier's images as they are.
+            Side of the square images that the classifier takes; None takes the purified images as they are.
         classifier_image_mean, classifier_image_std (`list[float]`, *optional*):
             Normalisation that the classifier expects; None means the purifier's.
     """
@@ -402,6 +408,8 @@ class NIMPurifiedConfig(PreTrainedConfig):
     classifier_config: dict | PreTrainedConfig | None = None
     sigma: str | float | int = "30"
     num_votes: int = 1
+    image_size: int | None = None
+    image_geometry: dict[str, Any] | None = None
     classifier_image_size: int | None = None
     classifier_image_mean: list[float] | tuple[float, ...] | None = None
     classifier_image_std: list[float] | tuple[float, ...] | None = None
@@ -412,6 +420,13 @@ class NIMPurifiedConfig(PreTrainedConfig):
             raise ValueError(f"num_votes must be at least 1, got {self.num_votes}")
         self.purifier_config = _sub_config(self.purifier_config, NIMConfig)
         self.classifier_config = _sub_config(self.classifier_config, NIMClassifierConfig)
+        smallest = self.purifier_config.image_size
+        self.image_size = smallest if self.image_size is None else self.image_size
+        if self.image_size < smallest:
+            raise ValueError(
+                f"image_size {self.image_size} is below the purifier's {smallest}: the purifier covers larger images in tiles "
+                "but cannot shrink; give it at least its own size"
+            )
         # The labels are the classifier's, so that the pipeline and the Hub see them where they look.
         kwargs["id2label"] = dict(self.classifier_config.id2label)
         kwargs["label2id"] = {name: index for index, name in kwargs["id2label"].items()}
@@ -429,11 +444,6 @@ class NIMPurifiedConfig(PreTrainedConfig):
             config[part].pop("_name_or_path", None)  # a path on the machine that composed the model
         pipeline = {"impl": "pipeline_nim.NIMImageClassificationPipeline", "pt": ["AutoModelForImageClassification"]}
         return config | {"custom_pipelines": {"image-classification": pipeline}}
-
-    @property
-    def image_size(self) -> int:
-        """Side of the images that the model takes: the purifier's."""
-        return self.purifier_config.image_size
 
     @property
     def image_mean(self) -> list[float]:

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from ..data import ImageSource
+from ..image_processing import image_processor_for
 from ..modeling_nim import NIMForPreTraining
 from ..modeling_nim_purified import NIMPurifiedImageClassification
 from ..runs.errors import naming_damaged_weights
@@ -104,9 +105,8 @@ def _load_model(name: str, path: str | None, purifier: str | None, classifier: s
         model = NIMPurifiedImageClassification.from_parts(
             _load(AutoModelForPreTraining, purifier), _load(AutoModelForImageClassification, classifier)
         )
-    else:
-        model = _load(AutoModelForImageClassification, path)
-    return model, AutoImageProcessor.from_pretrained(path or purifier, backend="pil")
+        return model, image_processor_for(model.config)
+    return _load(AutoModelForImageClassification, path), AutoImageProcessor.from_pretrained(path, backend="pil")
 
 
 def _make_target(recipe: EvaluatedModelRecipe, model: nn.Module, processor: Any, sigma: str | float | None) -> Target:

@@ -261,7 +261,12 @@ def test_any_classifier_of_transformers_behind_any_purifier(name, other, pixel_v
     purifier, classifier = PURIFIERS[name](), OTHERS[other]().eval()
     half = [0.5, 0.5, 0.5]
     model = NIMPurifiedImageClassification.from_parts(
-        purifier, classifier, classifier_image_size=24, classifier_image_mean=half, classifier_image_std=half
+        purifier,
+        classifier,
+        image_size=16,
+        classifier_image_size=24,
+        classifier_image_mean=half,
+        classifier_image_std=half,
     ).eval()
     given = draws(purifier, 4)
     images = pixel_values.clone().requires_grad_()

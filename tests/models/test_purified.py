@@ -7,20 +7,28 @@ import torch
 from conftest import TINY, TINY_DECODER
 from PIL import Image
 from transformers import (
+    AutoImageProcessor,
     AutoModelForImageClassification,
     DeiTConfig,
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
+    PreTrainedConfig,
+    PreTrainedModel,
     ResNetConfig,
     ResNetForImageClassification,
     ViTConfig,
     ViTForImageClassification,
     pipeline,
 )
+from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
+from transformers.models.efficientnet.image_processing_pil_efficientnet import EfficientNetImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from modeling_nim import (
     NIMConfig,
     NIMForPreTraining,
+    NIMPurifiedConfig,
     NIMPurifiedImageClassification,
     NIMSimMIMConfig,
     NIMSimMIMForPreTraining,
@@ -106,7 +114,7 @@ def test_any_classifier_with_its_own_size_and_normalisation(purifier, pixel_valu
     other = ViTForImageClassification(ViTConfig(**{**TINY, "image_size": 24}, num_labels=3)).eval()
     half = [0.5, 0.5, 0.5]
     model = NIMPurifiedImageClassification.from_parts(
-        purifier, other, classifier_image_mean=half, classifier_image_std=half
+        purifier, other, image_size=16, classifier_image_mean=half, classifier_image_std=half
     )
     seen = model.prepare_for_classifier(pixel_values)
     images_01 = denormalize(pixel_values, model.config.image_mean, model.config.image_std)
@@ -200,3 +208,131 @@ def test_classifier_whose_configuration_belongs_to_several_classes(purifier, pix
         assert type(loaded.classifier) is type(deit)
         epsilon = torch.randn_like(pixel_values)
         assert torch.equal(loaded(pixel_values, epsilon=epsilon).logits, model(pixel_values, epsilon=epsilon).logits)
+
+
+def foreign(size: int = 24, **fields) -> ViTForImageClassification:
+    """A classifier of 24x24 images that is not of this package."""
+    torch.manual_seed(3)
+    return ViTForImageClassification(ViTConfig(**{**TINY, "image_size": size, "num_labels": 3, **fields})).eval()
+
+
+HALF = {"classifier_image_mean": [0.5] * 3, "classifier_image_std": [0.5] * 3}
+
+
+def test_a_larger_classifier_gets_images_that_were_purified_at_its_size(purifier, tmp_path):
+    classifier = foreign()
+    with pytest.warns(UserWarning, match="purified at 24x24, in overlapping tiles. Pass image_size=16"):
+        model = NIMPurifiedImageClassification.from_parts(purifier, classifier, sigma=30, **HALF)
+    assert model.config.image_size == 24
+    images = torch.randn(2, 3, 24, 24)
+    epsilon = torch.randn_like(images)
+    output = model(images, epsilon=epsilon)
+    purified = purifier.purify(images, sigma=30, epsilon=epsilon)
+    assert torch.equal(output.purified_pixel_values, purified)
+    images_01 = denormalize(purified, model.config.image_mean, model.config.image_std)
+    torch.testing.assert_close(output.logits, classifier(2 * images_01 - 1).logits, atol=1e-4, rtol=1e-4)
+    assert model.draw(2, num_votes=3)["epsilon"].shape == (2, 3, 3, 24, 24)
+    with pytest.raises(ValueError, match="images are 16x16, the model takes 24x24"):
+        model(torch.randn(2, 3, 16, 16))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(loaded(images, epsilon=epsilon).logits, output.logits)
+    shown = pipeline("image-classification", str(tmp_path))(Image.new("RGB", (50, 40)), seed=1, return_purified=True)
+    assert shown["purified"].size == (50, 40)
+    assert AutoImageProcessor.from_pretrained(tmp_path).size["height"] == 24
+
+
+def test_the_purifier_s_own_size_can_be_asked_for_and_no_smaller_one(purifier, recwarn):
+    model = NIMPurifiedImageClassification.from_parts(purifier, foreign(), image_size=16, **HALF)
+    assert (model.config.image_size, model.config.classifier_image_size) == (16, 24)
+    assert not [w for w in recwarn if "purified at" in str(w.message)]
+    with pytest.raises(Exception, match="image_size 12 is below the purifier's 16"):
+        NIMPurifiedImageClassification.from_parts(purifier, foreign(12), image_size=12, **HALF)
+
+
+def test_a_configuration_of_before_image_size_means_the_purifier_s(purifier):
+    config = NIMPurifiedImageClassification.from_parts(purifier, foreign(), image_size=16, **HALF).config.to_dict()
+    del config["image_size"], config["image_geometry"]
+    assert NIMPurifiedConfig(**config).image_size == 16
+
+
+IMAGE = Image.fromarray((torch.rand(50, 70, 3) * 255).byte().numpy())
+
+
+@pytest.mark.parametrize(
+    ("processor", "size"),
+    [
+        (
+            ViTImageProcessorPil(
+                size={"height": 24, "width": 24}, resample=2, image_mean=[0.4] * 3, image_std=[0.2] * 3
+            ),
+            24,
+        ),
+        (
+            ViTImageProcessorPil(
+                size={"shortest_edge": 30}, do_center_crop=True, crop_size={"height": 24, "width": 24}, resample=3
+            ),
+            24,
+        ),
+        (ViTImageProcessorPil(size={"height": 24, "width": 24}, do_rescale=False, image_mean=[127.5] * 3), 24),
+        (ViTImageProcessorPil(size={"height": 24, "width": 24}, rescale_factor=1 / 127.5, do_normalize=False), 24),
+        (ConvNextImageProcessorPil(size={"shortest_edge": 24}, crop_pct=0.8), 24),
+        (EfficientNetImageProcessorPil(size={"height": 24, "width": 24}, rescale_offset=True, include_top=True), 24),
+    ],
+    ids=["squeezed", "cropped", "not rescaled", "to 2 and not normalized", "shortest edge", "with an offset"],
+)
+def test_the_defence_sees_what_the_classifier_s_own_processor_shows(processor, size, purifier, tmp_path):
+    """A defense whose purifier changes nothing: its processor and the step between the parts give the classifier's input."""
+    resnet = ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=2)
+    )
+    resnet.save_pretrained(tmp_path / "resnet")
+    processor.save_pretrained(tmp_path / "resnet")
+    classifier = ResNetForImageClassification.from_pretrained(tmp_path / "resnet").eval()
+    with pytest.warns(UserWarning, match="purified at 24x24"):
+        model = NIMPurifiedImageClassification.from_parts(purifier, classifier)
+    assert (model.config.image_size, model.config.classifier_image_size) == (size, size)
+    model.save_pretrained(tmp_path / "defended")
+    own = AutoImageProcessor.from_pretrained(tmp_path / "defended")
+    seen = model.prepare_for_classifier(own(IMAGE, return_tensors="pt")["pixel_values"])
+    expected = processor(IMAGE, return_tensors="pt")["pixel_values"]
+    scale = expected.max() - expected.min()
+    torch.testing.assert_close(seen / scale, expected.float() / scale, atol=1e-4, rtol=0)
+
+
+def test_a_classifier_that_does_not_tell_its_size_is_taken_with_a_warning(purifier, pixel_values):
+    resnet = ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=2)
+    )
+    with pytest.warns(UserWarning, match="does not say which image size.*the purifier's, 16x16"):
+        model = NIMPurifiedImageClassification.from_parts(purifier, resnet, **HALF)
+    assert model.config.image_size == 16 and model.config.classifier_image_size is None
+    assert model.eval()(pixel_values).logits.shape == (4, 2)
+
+
+class HomeMadeConfig(PreTrainedConfig):
+    model_type = "home_made"
+    image_size: int = 16
+    image_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
+
+
+class HomeMadeClassifier(PreTrainedModel):
+    config_class = HomeMadeConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.linear = torch.nn.Linear(3, config.num_labels)
+        self.post_init()
+
+    def forward(self, pixel_values):
+        return ImageClassifierOutput(logits=self.linear(pixel_values.mean(dim=(2, 3))))
+
+
+def test_a_classifier_that_transformers_does_not_know_composes(purifier, pixel_values):
+    classifier = HomeMadeClassifier(HomeMadeConfig(num_labels=4))
+    model = NIMPurifiedImageClassification.from_parts(purifier, classifier).eval()
+    epsilon = torch.randn_like(pixel_values)
+    output = model(pixel_values, epsilon=epsilon)
+    expected = classifier(model.prepare_for_classifier(purifier.purify(pixel_values, sigma=30, epsilon=epsilon)))
+    assert torch.equal(output.logits, expected.logits) and output.hidden_states is None
