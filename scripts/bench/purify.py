@@ -108,7 +108,7 @@ def main() -> None:
     device = torch.device("cuda" if ON_GPU else "cpu")
     name, model = make_model(arguments)
     model = model.eval().to(device)
-    image_size = model.config.purifier_config.image_size
+    image_size = model.config.image_size
     pixel_values = torch.randn(arguments.batch_size, 3, image_size, image_size, device=device)
 
     with torch.inference_mode():

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,15 @@ from accelerate.commands.config.config_args import load_config_from_file
 from conftest import TINY, TINY_DECODER
 from transformers import AutoConfig
 
-from modeling_nim import NIMClassifierConfig, NIMConfig, NIMForImageClassification, NIMForPreTraining, NIMSimMIMConfig
+from modeling_nim import (
+    NIMClassifierConfig,
+    NIMConfig,
+    NIMForImageClassification,
+    NIMForPreTraining,
+    NIMPurifiedImageClassification,
+    NIMSimMIMConfig,
+)
+from modeling_nim.training.finetuning import Finetuning
 from modeling_nim.training.models import (
     ModelRecipe,
     enable_activation_checkpointing,
@@ -232,3 +241,25 @@ def test_muon_moves_the_layers_matrices_and_adamw_the_rest():
 def test_muon_goes_on_from_its_saved_state():
     for whole, resumed in zip(trained_with_muon(4), trained_with_muon(4, resume_at=2), strict=True):
         assert torch.equal(whole, resumed)
+
+
+@pytest.mark.parametrize("degradation", ["noise", "mask"])
+def test_the_draws_of_fine_tuning_are_of_the_defense_s_size_and_of_its_purifier_s_kind(degradation):
+    """Masks take no sigma, and a larger classifier needs noise of its own size."""
+    purifier = NIMForPreTraining(NIMConfig(**TINY, **TINY_DECODER, degradation=degradation))
+    with pytest.warns(UserWarning, match="purified at 24x24"):
+        model = NIMPurifiedImageClassification.from_parts(
+            purifier, NIMForImageClassification(NIMClassifierConfig(**{**TINY, "image_size": 24})), num_votes=3
+        )
+    finetuning = SimpleNamespace(
+        purified_model=model,
+        config=model.config,
+        recipe=SimpleNamespace(sigma="uniform(0, 30)"),
+        accelerator=SimpleNamespace(device=torch.device("cpu")),
+    )
+    draws = Finetuning.draw(finetuning, [1, 2])
+    if degradation == "noise":
+        assert draws["epsilon"].shape == (2, 3, 24, 24) and draws["sigma"].shape == (2,)
+    else:
+        assert draws["noise"].shape == (2, 9 * 16)  # of 3 x 3 tiles
+    assert model.purify(torch.randn(2, 3, 24, 24), **draws).shape == (2, 3, 24, 24)
