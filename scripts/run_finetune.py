@@ -22,7 +22,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 import os
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from accelerate import Accelerator
@@ -36,6 +36,8 @@ from modeling_nim.data import BadImageError, DataRecipe, load_source
 from modeling_nim.data.augment import AugmentationRecipe, augment
 from modeling_nim.data.evaluation import BAD_IMAGE_LABEL, EvaluationImages, evaluation_loader
 from modeling_nim.data.loader import CropRecipe, TrainingImages, to_images_01, training_loader
+from modeling_nim.noise_nim import MAX_SIGMA_255
+from modeling_nim.runs.bounds import Bounds, Seed, check_fields
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.locks import lock_output_dir
 from modeling_nim.runs.recipe import parse_command_line
@@ -51,6 +53,7 @@ from modeling_nim.training.models import (
     write_model_dir,
 )
 from modeling_nim.training.optimization import (
+    BatchSize,
     OptimizationRecipe,
     learning_rate_at,
     make_average,
@@ -74,18 +77,16 @@ class ValidationRecipe:
     """Which split to measure accuracy on every `every_epochs`; the images are prepared as in training, at `defense_sigma`."""
 
     split: Literal["none", "validation", "test"] = "none"
-    every_epochs: float = 1.0
-    batch_size: int = 64
+    every_epochs: Annotated[float, Bounds(above=0, most=1_000_000)] = 1.0
+    batch_size: BatchSize = 64
 
     def __post_init__(self):
-        for name in ("every_epochs", "batch_size"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"validation.{name} must be above 0, got {getattr(self, name)}")
+        check_fields(self, "validation")
 
 
 @dataclass
 class FinetuneRecipe:
-    seed: int
+    seed: Seed
     output_dir: str
     data: DataRecipe
     optimization: OptimizationRecipe
@@ -93,9 +94,10 @@ class FinetuneRecipe:
     images: Literal["original", "denoised"] = "original"
     sigma: str | float = "uniform(0, 30)"  # of the noise that is denoised in training; the paper's
     purifier: str | None = None  # None: `init` itself, where images are denoised
-    defense_sigma: float = 30.0  # of the composed model and of validation
-    drop_path_rate: float = 0.0
-    label_smoothing: float = 0.0
+    # of the composed model and of validation
+    defense_sigma: Annotated[float, Bounds(least=0, most=MAX_SIGMA_255)] = 30.0
+    drop_path_rate: Annotated[float, Bounds(least=0, below=1)] = 0.0
+    label_smoothing: Annotated[float, Bounds(least=0, below=1)] = 0.0
     crop: CropRecipe = field(default_factory=CropRecipe)
     augmentation: AugmentationRecipe = field(default_factory=AugmentationRecipe)
     adversary: AdversaryRecipe = field(default_factory=AdversaryRecipe)
@@ -107,10 +109,8 @@ class FinetuneRecipe:
     logging: LoggingRecipe = field(default_factory=LoggingRecipe)
 
     def __post_init__(self):
+        check_fields(self)
         parse_sigma(self.sigma), parse_sigma(self.defense_sigma)
-        for name in ("label_smoothing", "drop_path_rate"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.images == "denoised" and self.purifier is None:
             self.purifier = self.init
         if self.images == "original" and self.adversary.trains != "classifier":

@@ -28,6 +28,7 @@ from modeling_nim import normalize
 from modeling_nim.data import DataRecipe, load_source
 from modeling_nim.data.loader import CropRecipe, TrainingImages, to_images_01, training_loader
 from modeling_nim.data.randomness import generators, image_seeds
+from modeling_nim.runs.bounds import Seed, check_fields
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.locks import lock_output_dir
 from modeling_nim.runs.recipe import parse_command_line
@@ -59,7 +60,7 @@ from modeling_nim.training.settings import (
 
 @dataclass
 class PretrainRecipe:
-    seed: int
+    seed: Seed
     output_dir: str
     data: DataRecipe
     model: ModelRecipe
@@ -68,6 +69,9 @@ class PretrainRecipe:
     execution: ExecutionRecipe = field(default_factory=ExecutionRecipe)
     checkpoints: CheckpointRecipe = field(default_factory=CheckpointRecipe)
     logging: LoggingRecipe = field(default_factory=LoggingRecipe)
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 def main() -> int:

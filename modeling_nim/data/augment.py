@@ -6,7 +6,8 @@ process and after any interruption. Mixup and cutmix mix neighbours of a batch.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Annotated
 
 import kornia.enhance as enhance
 import kornia.geometry.transform as geometry
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from scipy.special import betaincinv, ndtri
 
+from ..runs.bounds import Bounds, Share, check_fields
 from .loader import NUM_CROP_ATTEMPTS, random_window
 from .randomness import generators, image_seeds, uniforms
 
@@ -28,21 +30,16 @@ ERASE_RATIO = (0.3, 10 / 3)
 class AugmentationRecipe:
     """The `augmentation` section of fine-tuning; everything is off by default. MAE's values are in the comments."""
 
-    rand_augment_ops: int = 0  # 2: operations drawn per image
-    rand_augment_magnitude: float = 9.0  # of 10
-    rand_augment_std: float = 0.5
-    erase_probability: float = 0.0  # 0.25
-    mixup_alpha: float = 0.0  # 0.8
-    cutmix_alpha: float = 0.0  # 1.0
-    switch_probability: float = 0.5  # of cutmix where both are on
+    rand_augment_ops: Annotated[int, Bounds(least=0, most=100)] = 0  # 2: operations drawn per image
+    rand_augment_magnitude: Annotated[float, Bounds(least=0, most=MAX_MAGNITUDE)] = 9.0  # of 10
+    rand_augment_std: Annotated[float, Bounds(least=0, most=MAX_MAGNITUDE)] = 0.5
+    erase_probability: Share = 0.0  # 0.25
+    mixup_alpha: Annotated[float, Bounds(least=0, most=1000)] = 0.0  # 0.8
+    cutmix_alpha: Annotated[float, Bounds(least=0, most=1000)] = 0.0  # 1.0
+    switch_probability: Share = 0.5  # of cutmix where both are on
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value < 0 or (field.name.endswith("probability") and value > 1):
-                raise ValueError(f"augmentation.{field.name} is out of range: {value}")
-        if self.rand_augment_magnitude > MAX_MAGNITUDE:
-            raise ValueError(f"augmentation.rand_augment_magnitude must be <= 10, got {self.rand_augment_magnitude}")
+        check_fields(self, "augmentation")
 
 
 def _shift(x: torch.Tensor, amount: torch.Tensor, axis: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import cv2
 import numpy as np
@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderShard
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
+from ..runs.bounds import Bounds, check_fields
 from .decode import BadImageError, decode_window, resize_window
 from .randomness import image_seeds, uniforms
 from .sources import DataRecipe, ImageSource, StreamSource
@@ -38,18 +39,13 @@ class CropRecipe:
     """
 
     crop: Literal["random_resized", "padded", "native", "none"] = "random_resized"
-    min_scale: float = 0.2
-    shorter_side: int = 256
-    padding: int = 4
+    min_scale: Annotated[float, Bounds(above=0, most=1)] = 0.2
+    shorter_side: Annotated[int, Bounds(least=1, most=65_536)] = 256
+    padding: Annotated[int, Bounds(least=0)] = 4
     flip: bool = True
 
     def __post_init__(self):
-        if not 0 < self.min_scale <= 1:
-            raise ValueError(f"crop.min_scale must be in (0, 1], got {self.min_scale}")
-        if self.padding < 0:
-            raise ValueError(f"crop.padding must be >= 0, got {self.padding}")
-        if self.shorter_side < 1:
-            raise ValueError(f"crop.shorter_side must be at least 1 pixel, got {self.shorter_side}")
+        check_fields(self, "crop")
 
 
 def random_window(
@@ -119,6 +115,10 @@ class TrainingImages(Dataset):
             raise ValueError(
                 f"crop.shorter_side {crop.shorter_side} is less than the model's image size {image_size}: no window fits; "
                 f"set crop.shorter_side to {image_size} or more"
+            )
+        if crop.crop == "padded" and crop.padding >= image_size:
+            raise ValueError(
+                f"crop.padding {crop.padding} may leave nothing of an image of {image_size} pixels; set it below that"
             )
         self.source, self.crop, self.image_size, self.seed = source, crop, image_size, seed
         self.on_bad_image = on_bad_image

@@ -8,11 +8,12 @@ import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from PIL import Image
 
+from ..runs.bounds import Bounds, Count, Seed, check_fields
 from .decode import BadImageError, decode_rgb
 
 
@@ -40,24 +41,23 @@ class DataRecipe:
     test_split: str = "test"
     image_column: str = "image"
     label_column: str = "label"
-    validation_fraction: float = 0.0
-    split_seed: int = 0
+    validation_fraction: Annotated[float, Bounds(least=0, below=1)] = 0.0
+    split_seed: Seed = 0
     # hold the decoded images of a small data set in memory, uint8
     cache_in_memory: bool = False
     # read training data front to back through a shuffle buffer instead of at random, for disks smaller than the data; a
     # resumed run then sees other images than the unbroken one would have
     streaming: bool = False
-    shuffle_buffer: int = 10_000
+    shuffle_buffer: Annotated[int, Bounds(least=1, most=10_000_000)] = 10_000
     # images in the training split, for a stream that does not know
-    num_images: int | None = None
+    num_images: Count | None = None
     on_bad_image: Literal["raise", "skip"] = "raise"
-    num_workers: int = 0
+    num_workers: Annotated[int, Bounds(least=0, most=1024)] = 0
 
     def __post_init__(self):
+        check_fields(self, "data")
         if self.source != "digits" and not self.path:
             raise ValueError(f"data.source {self.source!r} needs data.path")
-        if not 0 <= self.validation_fraction < 1:
-            raise ValueError(f"data.validation_fraction must be in [0, 1), got {self.validation_fraction}")
         if self.streaming and self.source == "digits":
             raise ValueError("data.streaming is for data on disk or on the Hub; digits are in memory anyway")
         if self.streaming and (self.cache_in_memory or self.validation_fraction):

@@ -148,7 +148,7 @@ def _imported_file(node: ast.ImportFrom, path: Path) -> Path | None:
 def _section(annotation: ast.expr, path: Path) -> _Found | None:
     """The dataclass that an annotation names, alone or in a list, a dictionary or a union."""
     for node in ast.walk(annotation):
-        found = _find(node.id, path) if isinstance(node, ast.Name) else None
+        found = _find(node.id, path) if isinstance(node, ast.Name) and node.id != "Bounds" else None
         if found and isinstance(found.node, ast.ClassDef):
             return found
     return None
@@ -167,6 +167,9 @@ def _type(annotation: ast.expr, path: Path) -> str:
             return f"{_type(left, path)} | {_type(right, path)}"
         case ast.Constant(value=None):
             return "null"
+        case ast.Subscript(value=ast.Name(id="Annotated"), slice=ast.Tuple(elts=[inner, ast.Call(keywords=bounds)])):
+            limits = ", ".join(f"{b.arg} {ast.unparse(b.value)}" for b in bounds if b.arg != "reason")
+            return f"{_type(inner, path)} [{limits}]"
         case ast.Subscript(value=ast.Name(id="Literal"), slice=choices):
             choices = choices.elts if isinstance(choices, ast.Tuple) else [choices]
             return " | ".join(_yaml(choice.value) for choice in choices)

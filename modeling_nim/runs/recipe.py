@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, Union
 
 import yaml
 
+from .bounds import check_value
 from .help import RecipeParser
 
 
@@ -115,7 +116,9 @@ def build_dataclass(schema: type[T], values: dict[str, Any], where: str = "") ->
     arguments = {}
     for name, field in fields.items():
         if name in values:
-            arguments[name] = _convert(values[name], hints[name], _dotted(where, name))
+            key = _dotted(where, name)
+            arguments[name] = _convert(values[name], hints[name], key)
+            check_value(arguments[name], schema, name, f"recipe key {key!r}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ValueError(f"recipe key {_dotted(where, name)!r} is missing; it has no default")
     return schema(**arguments)
@@ -189,7 +192,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             except ValueError:
                 pass
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if abs(value) > sys.float_info.max or math.isnan(value):
+            if math.isnan(value) or abs(value) > sys.float_info.max:
                 raise ValueError(f"recipe key {where!r} must be a finite number, got {value!r}")
             return float(value)
     elif hint is int:

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import nn
 
 from ..robustness.attacks import pgd
 from ..robustness.oracle import Oracle
+from ..runs.bounds import Bounds, Count, check_fields
 from .optimization import Plan, soft_cross_entropy
 
 
@@ -27,22 +28,16 @@ class AdversaryRecipe:
     """
 
     attack: Literal["none", "fgsm", "pgd"] = "none"
-    epsilon_255: float = 8.0
-    steps: int = 3
-    alpha_ratio: float | None = None
-    warmup_epochs: float = 0.0
+    epsilon_255: Annotated[float, Bounds(least=0, most=255)] = 8.0
+    steps: Count = 3
+    alpha_ratio: Annotated[float, Bounds(above=0)] | None = None
+    warmup_epochs: Annotated[float, Bounds(least=0)] = 0.0
     trains: Literal["classifier", "purifier", "both"] = "classifier"
     targets: Literal["labels", "clean_answer"] = "labels"
-    reconstruction_weight: float = 0.0
+    reconstruction_weight: Annotated[float, Bounds(least=0)] = 0.0
 
     def __post_init__(self):
-        for name in ("epsilon_255", "warmup_epochs", "reconstruction_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"adversary.{name} must be >= 0, got {getattr(self, name)}")
-        if self.steps < 1:
-            raise ValueError(f"adversary.steps must be at least 1, got {self.steps}")
-        if self.alpha_ratio is not None and self.alpha_ratio <= 0:
-            raise ValueError(f"adversary.alpha_ratio must be above 0, got {self.alpha_ratio}")
+        check_fields(self, "adversary")
         if self.reconstruction_weight and self.trains == "classifier":
             raise ValueError(
                 f"adversary.reconstruction_weight {self.reconstruction_weight} is for a purifier that learns; set "

@@ -8,11 +8,16 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ..runs.bounds import Bounds, Count, check_fields
+
+
+BatchSize = Annotated[int, Bounds(least=1, most=2**24)]
 
 
 @dataclass
@@ -31,40 +36,38 @@ class OptimizationRecipe:
     AdamW's, and the rest to AdamW. On a small purifier it needed a third of the steps (`scripts/recipes/photos`).
     """
 
-    batch_size: int
-    base_learning_rate: float
-    base_batch_size: int = 256
-    epochs: float | None = None
-    steps: int | None = None
-    warmup_epochs: float | None = None
-    warmup_steps: int | None = None
+    batch_size: BatchSize
+    base_learning_rate: Annotated[float, Bounds(above=0)]
+    base_batch_size: BatchSize = 256
+    epochs: Annotated[float, Bounds(above=0, most=1_000_000)] | None = None
+    steps: Count | None = None
+    warmup_epochs: Annotated[float, Bounds(least=0)] | None = None
+    warmup_steps: Annotated[int, Bounds(least=0)] | None = None
     schedule: Literal["cosine", "multistep"] = "cosine"
-    min_learning_rate: float = 0.0
-    decay_epochs: list[float] = field(default_factory=list)
-    decay_factor: float = 0.1
-    per_device_batch_size: int | None = None
-    gradient_accumulation_steps: int = 1
+    min_learning_rate: Annotated[float, Bounds(least=0)] = 0.0
+    decay_epochs: list[Annotated[float, Bounds(above=0)]] = field(default_factory=list)
+    decay_factor: Annotated[float, Bounds(above=0, most=1)] = 0.1
+    per_device_batch_size: BatchSize | None = None
+    gradient_accumulation_steps: BatchSize = 1
     optimizer: Literal["adamw", "muon"] = "adamw"
-    weight_decay: float = 0.05
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    layer_decay: float = 1.0
-    max_grad_norm: float | None = None
-    ema_decay: float | None = None
+    weight_decay: Annotated[float, Bounds(least=0, most=10)] = 0.05
+    betas: list[Annotated[float, Bounds(least=0, below=1)]] = field(default_factory=lambda: [0.9, 0.95])
+    layer_decay: Annotated[float, Bounds(above=0, most=1)] = 1.0
+    max_grad_norm: Annotated[float, Bounds(above=0)] | None = None
+    ema_decay: Annotated[float, Bounds(above=0, below=1)] | None = None
 
     def __post_init__(self):
+        check_fields(self, "optimization")
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of optimization.epochs and optimization.steps")
         if self.warmup_epochs is not None and self.warmup_steps is not None:
             raise ValueError("give at most one of optimization.warmup_epochs and optimization.warmup_steps")
-        positive = ("batch_size", "base_batch_size", "epochs", "steps", "per_device_batch_size", "max_grad_norm")
-        for name in (*positive, "base_learning_rate", "gradient_accumulation_steps", "layer_decay"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"optimization.{name} must be above 0, got {value}")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optimization.betas must be two numbers in [0, 1), got {self.betas}")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"optimization.ema_decay must be in (0, 1), got {self.ema_decay}")
+        if len(self.betas) != 2:
+            raise ValueError(f"optimization.betas must be two numbers, got {self.betas}")
+        if self.schedule == "cosine" and self.decay_epochs:
+            raise ValueError("optimization.decay_epochs is for schedule: multistep; set that, or leave it out")
+        if self.schedule == "multistep" and self.min_learning_rate:
+            raise ValueError("optimization.min_learning_rate is for schedule: cosine; set that, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -112,12 +115,22 @@ def make_plan(recipe: OptimizationRecipe, num_processes: int, num_images: int, w
         raise ValueError(
             f"optimization.epochs {recipe.epochs} is less than one step of {global_batch_size} images; set it higher"
         )
+    warmup_steps = recipe.warmup_steps or round((recipe.warmup_epochs or 0) * steps_per_epoch)
+    if warmup_steps >= num_steps:
+        raise ValueError(
+            f"the warm-up takes {warmup_steps} of {num_steps} steps, so the learning rate would never be reached; lower "
+            f"optimization.{'warmup_steps' if recipe.warmup_steps else 'warmup_epochs'}"
+        )
+    if recipe.min_learning_rate > peak:
+        raise ValueError(
+            f"optimization.min_learning_rate {recipe.min_learning_rate:g} is above the peak learning rate {peak:g}"
+        )
     return Plan(
         per_device_batch_size=per_device,
         global_batch_size=global_batch_size,
         steps_per_epoch=steps_per_epoch,
         num_steps=num_steps,
-        warmup_steps=recipe.warmup_steps or round((recipe.warmup_epochs or 0) * steps_per_epoch),
+        warmup_steps=warmup_steps,
         peak_learning_rate=peak,
     )
 

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, TorchDynamoPlugin
 
+from ..runs.bounds import Count, check_fields
 from ..runs.files import write_text
 from ..runs.recipe import recipe_to_dict
 
@@ -35,14 +36,12 @@ class CheckpointRecipe:
     `on_changed_recipe` is "continue".
     """
 
-    every_steps: int = 1000
-    keep: int = 2
+    every_steps: Count = 1000
+    keep: Count = 2
     on_changed_recipe: Literal["raise", "continue"] = "raise"
 
     def __post_init__(self):
-        for name in ("every_steps", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"checkpoints.{name} must be at least 1, got {getattr(self, name)}")
+        check_fields(self, "checkpoints")
 
 
 @dataclass
@@ -54,13 +53,12 @@ class LoggingRecipe:
     SIGKILL (torchrun: 30 s).
     """
 
-    every_steps: int = 10
+    every_steps: Count = 10
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = field(default_factory=list)
     project: str = "modeling-nim"
 
     def __post_init__(self):
-        if self.every_steps < 1:
-            raise ValueError(f"logging.every_steps must be at least 1, got {self.every_steps}")
+        check_fields(self, "logging")
 
 
 def make_accelerator(recipe: Any) -> Accelerator:

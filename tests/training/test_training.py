@@ -80,15 +80,35 @@ def test_less_than_one_step_is_no_training():
     [
         ({"steps": 3}, "exactly one of optimization.epochs"),
         ({"epochs": None}, "exactly one of optimization.epochs"),
-        ({"batch_size": 0}, "optimization.batch_size must be above 0, got 0"),
+        ({"batch_size": 0}, "optimization.batch_size must be at least 1 and at most 16777216, got 0"),
         ({"betas": [0.9]}, "two numbers"),
-        ({"ema_decay": 1.0}, "ema_decay must be in"),
+        ({"ema_decay": 1.0}, "ema_decay must be above 0 and below 1, got 1.0"),
         ({"warmup_epochs": 1.0, "warmup_steps": 3}, "at most one"),
+        ({"base_learning_rate": float("nan")}, "optimization.base_learning_rate must be a finite number"),
+        ({"weight_decay": -0.1}, "optimization.weight_decay must be at least 0 and at most 10, got -0.1"),
+        ({"warmup_epochs": -1.0}, "optimization.warmup_epochs must be at least 0, got -1.0"),
+        ({"decay_factor": 0.0}, "optimization.decay_factor must be above 0 and at most 1, got 0.0"),
+        ({"layer_decay": 1.5}, "optimization.layer_decay must be above 0 and at most 1, got 1.5"),
+        ({"decay_epochs": [3.0]}, "decay_epochs is for schedule: multistep"),
+        ({"schedule": "multistep", "min_learning_rate": 1e-6}, "min_learning_rate is for schedule: cosine"),
     ],
 )
 def test_wrong_settings_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         recipe(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"warmup_epochs": 10.0}, "the warm-up takes 150 of 150 steps.*lower optimization.warmup_epochs"),
+        ({"warmup_steps": 151}, "the warm-up takes 151 of 150 steps.*lower optimization.warmup_steps"),
+        ({"min_learning_rate": 1.0}, "min_learning_rate 1 is above the peak learning rate"),
+    ],
+)
+def test_plans_that_never_reach_the_learning_rate_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan(recipe(**changes), num_processes=4, num_images=1000)
 
 
 def test_multistep_schedule_falls_at_its_epochs():
