@@ -137,7 +137,8 @@ def main() -> int:
 
     # The parts
     accelerator = make_accelerator(recipe)
-    source = load_source(recipe.data, "train")
+    with accelerator.main_process_first():  # it lists or copies the data, the others find that done
+        source = load_source(recipe.data, "train")
     set_seed(recipe.seed)
     model, purified_model = make_models(accelerator, recipe, source.class_names)
     plan = make_plan(recipe.optimization, accelerator.num_processes, len(source), accelerator.is_main_process)
@@ -155,7 +156,7 @@ def main() -> int:
     found = load_newest_checkpoint(accelerator, checkpoints, settings, recipe.checkpoints.on_changed_recipe, average)
     step, state = found or (0, {"best_accuracy": -1.0})
     batch_sizes = (plan.global_batch_size, plan.per_device_batch_size)
-    loader = training_loader(accelerator, images, recipe.data, *batch_sizes, step, plan.num_steps)
+    loader = training_loader(accelerator, images, recipe.data, *batch_sizes, step, plan.num_steps, state)
     validation_loader = make_validation_loader(accelerator, recipe, config)
     validation_steps = max(1, round(recipe.validation.every_epochs * plan.steps_per_epoch))
     reporter = Reporter(accelerator, recipe.output_dir, step, plan.num_steps)
@@ -205,7 +206,9 @@ def main() -> int:
                 state = {"best_accuracy": accuracy}
                 save_model_dir(accelerator, model, os.path.join(recipe.output_dir, "best"), average)
         if saving:
-            save_checkpoint(accelerator, checkpoints, step, settings, state, recipe.checkpoints.keep, average)
+            save_checkpoint(
+                accelerator, checkpoints, step, settings, state | loader.state(), recipe.checkpoints.keep, average
+            )
         if stopping or step == plan.num_steps:
             break
 

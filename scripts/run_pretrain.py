@@ -86,7 +86,8 @@ def main() -> int:
         model.set_attn_implementation(recipe.execution.attn_implementation)
     if recipe.execution.gradient_checkpointing:
         enable_activation_checkpointing(model)
-    source = load_source(recipe.data, "train")
+    with accelerator.main_process_first():  # it lists or copies the data, the others find that done
+        source = load_source(recipe.data, "train")
     images = TrainingImages(source, recipe.crop, config.image_size, recipe.seed, recipe.data.on_bad_image)
     plan = make_plan(recipe.optimization, accelerator.num_processes, len(source), accelerator.is_main_process)
     average = make_average(model, recipe.optimization.ema_decay) if recipe.optimization.ema_decay else None
@@ -98,9 +99,9 @@ def main() -> int:
     checkpoints = os.path.join(recipe.output_dir, "checkpoints")
     settings = decisive_settings(recipe, plan.global_batch_size, len(source))
     found = load_newest_checkpoint(accelerator, checkpoints, settings, recipe.checkpoints.on_changed_recipe, average)
-    step, _ = found or (0, {})
+    step, state = found or (0, {})
     batch_sizes = (plan.global_batch_size, plan.per_device_batch_size)
-    loader = training_loader(accelerator, images, recipe.data, *batch_sizes, step, plan.num_steps)
+    loader = training_loader(accelerator, images, recipe.data, *batch_sizes, step, plan.num_steps, state)
     reporter = Reporter(accelerator, recipe.output_dir, step, plan.num_steps)
     save_recipe(accelerator, recipe)
     reporter.name_bad_images(step, source.bad_images)
@@ -136,7 +137,7 @@ def main() -> int:
         if saving or step % recipe.logging.every_steps == 0:
             reporter.report(step, learning_rate)  # raises before a NaN can reach a checkpoint
         if saving:
-            save_checkpoint(accelerator, checkpoints, step, settings, {}, recipe.checkpoints.keep, average)
+            save_checkpoint(accelerator, checkpoints, step, settings, loader.state(), recipe.checkpoints.keep, average)
         if stopping or step == plan.num_steps:
             break
 

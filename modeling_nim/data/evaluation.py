@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from .base import ImageSource
 from .decode import BadImageError
 from .loader import ignore_stop_signals
-from .sources import ImageSource
 
 
 BAD_IMAGE_LABEL = -1

@@ -1,9 +1,11 @@
 """From a source to the batches of a training step, in an order that is a function of (seed, step) alone."""
 
+import dataclasses
 import itertools
 import math
 import os
 import signal
+import tarfile
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,12 +16,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderShard
+from accelerate.utils import gather_object
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from ..runs.bounds import Bounds, check_fields
+from .base import DataRecipe, ImageSource
 from .decode import BadImageError, decode_window, resize_window
 from .randomness import image_seeds, uniforms
-from .sources import DataRecipe, ImageSource, StreamSource
+from .streams import StreamPosition, StreamSource
 
 
 NUM_CROP_ATTEMPTS = 10
@@ -100,7 +104,7 @@ class TrainingImages(Dataset):
     A batch is a dict: `pixels` (B, H, W, 3) uint8 and `labels` (B,) are tensors; `epochs` and `indices` (B,) are arrays
     that stay on the host, where they seed whatever is random about the image later on; `bad_images` are the messages of
     the images that were skipped. A skipped image is replaced by the next good one: every step has its full batch. Where
-    bad images are not to be skipped, the `BadImageError` comes in place of the batch.
+    bad images are not to be skipped, the `BadImageError` comes in place of the batch (`Batches` raises it).
     """
 
     def __init__(
@@ -134,7 +138,7 @@ class TrainingImages(Dataset):
         try:
             return self.batch(epochs, indices, (self._good_images(int(index)) for index in indices))
         except BadImageError as error:
-            return error  # raised by who takes the batch: from a worker it would come as a page of traceback
+            return error
 
     def _good_images(self, index: int) -> Iterator[tuple[bytes | np.ndarray, int, str]]:
         """The image at `index` and, in case it is bad, those after it."""
@@ -227,28 +231,63 @@ class StepSampler(Sampler):
 
 
 class StreamedImages(IterableDataset):
-    """Batches as `TrainingImages` makes them, from a stream, without end."""
+    """Batches as `TrainingImages` makes them, from a stream, without end.
 
-    def __init__(self, images: TrainingImages, batch_size: int, seed: int, rank: int, num_processes: int):
-        self.images, self.batch_size, self.seed = images, batch_size, seed
-        self.rank, self.num_processes = rank, num_processes
+    Each has its reader's number and its position after the batch, `reader` and `position`. A process has one reader for
+    each loader worker, and they take turns; `positions` are those of an interrupted run.
+    """
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __init__(
+        self, images: TrainingImages, batch_size: int, rank: int, num_processes: int, positions: list[StreamPosition]
+    ):
+        self.images, self.batch_size = images, batch_size
+        self.rank, self.num_processes, self.positions = rank, num_processes, positions
+
+    def __iter__(self) -> Iterator[dict[str, Any] | ValueError | None]:
         worker = get_worker_info()
-        lanes = self.num_processes * (worker.num_workers if worker else 1)
-        lane = self.rank + self.num_processes * (worker.id if worker else 0)
-        stream = self.images.source.epochs(self.seed, self.rank, self.num_processes)
-        if (head := next(stream, None)) is None:  # more workers than shards: nothing for this one
-            return
-        stream = itertools.chain([head], stream)
-        for first in itertools.count(0, self.batch_size):
+        reader = worker.id if worker else 0
+        lanes, lane = self.num_processes * len(self.positions), self.rank + self.num_processes * reader
+        position = dataclasses.replace(self.positions[reader])
+        if position.batches > min(other.batches for other in self.positions):
+            yield None  # the interrupted run had its turn: this one leaves its first out
+        stream = self.images.source.epochs(self.images.seed, self.rank, self.num_processes, position)
+        while True:
             # no image has a number of its own here: its place in the stream seeds what is random about it
-            indices = (first + np.arange(self.batch_size)) * lanes + lane
+            indices = (position.batches * self.batch_size + np.arange(self.batch_size)) * lanes + lane
             candidates = (itertools.islice(stream, MAX_REPLACEMENTS) for _ in indices)
             try:
-                yield self.images.batch(np.full(self.batch_size, self.seed), indices, candidates)
-            except BadImageError as error:
-                yield error
+                batch = self.images.batch(np.full(self.batch_size, self.images.seed), indices, candidates)
+            except (ValueError, OSError, tarfile.TarError) as error:
+                yield ValueError(str(error))  # raised by who takes the batch
+                return
+            position.batches += 1
+            yield batch | {"reader": reader, "position": dataclasses.replace(position)}
+
+
+class Batches:
+    """The micro-batches of this process; `state` is what the next run needs to go on, where the step alone does not say.
+
+    An error of a loader's worker is raised here: from the worker it would come as a page of traceback.
+    """
+
+    def __init__(self, loader: Iterable[Any], positions: list[StreamPosition]):
+        self.loader, self.positions = loader, positions
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self.loader:
+            if isinstance(batch, Exception):
+                raise batch
+            if batch is None:
+                continue
+            if "reader" in batch:
+                self.positions[batch.pop("reader")] = batch.pop("position")
+            yield batch
+
+    def state(self) -> dict[str, Any]:
+        """The positions of all processes' readers after the batches so far, JSON-able. Every process must call it."""
+        if not self.positions:
+            return {}
+        return {"stream": gather_object([[dataclasses.asdict(position) for position in self.positions]])}
 
 
 def training_loader(
@@ -259,13 +298,15 @@ def training_loader(
     micro_batch_size: int,
     start_step: int,
     num_steps: int,
-) -> Iterable[dict[str, Any]]:
+    state: dict[str, Any],
+) -> Batches:
     """The micro-batches of this process for the steps `start_step`..`num_steps` (a stream goes on without end).
 
-    `batch_size` images make a step of all processes, `micro_batch_size` a batch of the loader.
+    `batch_size` images make a step of all processes, `micro_batch_size` a batch of the loader. `state` is that of the
+    interrupted run's loader, or {}. Raises ValueError where a stream was shared among another number of readers.
     """
     if start_step >= num_steps:  # a finished run, started again
-        return []
+        return Batches([], [])
     settings = {
         "num_workers": recipe.num_workers,
         "pin_memory": torch.cuda.is_available(),
@@ -274,14 +315,29 @@ def training_loader(
         "worker_init_fn": ignore_stop_signals,
     }
     if isinstance(images.source, StreamSource):
-        # a resumed stream begins at another place: its buffer is gone, and the same images again would be worse
-        stream = StreamedImages(
-            images, micro_batch_size, images.seed + start_step, accelerator.process_index, accelerator.num_processes
-        )
-        return DataLoaderShard(stream, device=accelerator.device, batch_size=None, **settings)
+        rank, num_processes = accelerator.process_index, accelerator.num_processes
+        settings["num_workers"] = images.source.num_readers(recipe.num_workers, num_processes)
+        all_positions = _stream_positions(state, num_processes, max(1, settings["num_workers"]))
+        stream = StreamedImages(images, micro_batch_size, rank, num_processes, all_positions[rank])
+        loader = DataLoaderShard(stream, device=accelerator.device, batch_size=None, **settings)
+        return Batches(loader, list(all_positions[rank]))
     sampler = StepSampler(len(images), batch_size, images.seed, start_step, num_steps)
     batches = BatchSampler(sampler, micro_batch_size, drop_last=True)
-    return accelerator.prepare(DataLoader(images, batch_sampler=batches, collate_fn=_as_fetched, **settings))
+    loader = DataLoader(images, batch_sampler=batches, collate_fn=_as_fetched, **settings)
+    return Batches(accelerator.prepare(loader), [])
+
+
+def _stream_positions(state: dict[str, Any], num_processes: int, num_readers: int) -> list[list[StreamPosition]]:
+    """Where each reader of each process begins."""
+    if "stream" not in state:
+        return [[StreamPosition() for _ in range(num_readers)] for _ in range(num_processes)]
+    found = [[StreamPosition(**position) for position in positions] for positions in state["stream"]]
+    if (len(found), len(found[0])) != (num_processes, num_readers):
+        raise ValueError(
+            f"the checkpoint's stream was shared by {len(found)} processes with {len(found[0])} readers each, now by "
+            f"{num_processes} with {num_readers}: it cannot go on where it was; use the same numbers (data.num_workers)"
+        )
+    return found
 
 
 def ignore_stop_signals(_: int) -> None:

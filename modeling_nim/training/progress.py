@@ -74,7 +74,7 @@ class Reporter:
         self.num_images = 0
         self.waiting_s = self.training_s = 0.0
 
-    def timed(self, batches: Iterable[dict[str, Any] | Exception]) -> Iterator[dict[str, Any]]:
+    def timed(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The batches, with the time that `next` takes counted as waiting for data and bad images noted."""
         iterator = iter(batches)
         while True:
@@ -85,8 +85,6 @@ class Reporter:
             except StopIteration:
                 return
             self.waiting_s += time.perf_counter() - before
-            if isinstance(batch, Exception):
-                raise batch
             self.bad_images += batch["bad_images"]
             yield batch
 

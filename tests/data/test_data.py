@@ -26,6 +26,7 @@ from modeling_nim.data.loader import (
     training_loader,
 )
 from modeling_nim.data.randomness import generators, image_seeds, uniforms
+from modeling_nim.data.streams import StreamPosition
 
 
 def photo(height: int = 60, width: int = 80) -> Image.Image:
@@ -136,7 +137,7 @@ def test_streams_give_every_image_and_go_on(make, tmp_path):
     recipe.streaming, recipe.num_images = True, 8
     source = load_source(recipe, "train")
     images = TrainingImages(source, CropRecipe(crop="none", flip=False), 16, seed=0)
-    batches = iter(StreamedImages(images, 4, seed=0, rank=0, num_processes=1))
+    batches = iter(StreamedImages(images, 4, rank=0, num_processes=1, positions=[StreamPosition()]))
     first, second, third = (next(batches) for _ in range(3))
     assert first["pixels"].shape == (4, 16, 16, 3)
     assert sorted(first["labels"].tolist() + second["labels"].tolist()) == [0] * 4 + [1] * 4
@@ -445,7 +446,8 @@ def test_workers_change_nothing():
     images = TrainingImages(source, CropRecipe(min_scale=0.5), 32, seed=3)
     accelerator = types.SimpleNamespace(prepare=lambda loader: loader)
     alone, shared = (
-        list(training_loader(accelerator, images, DataRecipe(num_workers=workers), 8, 8, 0, 4)) for workers in (0, 2)
+        list(training_loader(accelerator, images, DataRecipe(num_workers=workers), 8, 8, 0, 4, {}))
+        for workers in (0, 2)
     )
     assert len(alone) == 4
     for one, other in zip(alone, shared, strict=True):
