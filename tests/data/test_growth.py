@@ -113,10 +113,10 @@ def test_parquet_is_copied_where_there_is_room_and_that_is_said(tmp_path, monkey
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "arrow")
-    monkeypatch.setattr("modeling_nim.data.tables.SAY_FROM_BYTES", 10_000)
+    monkeypatch.setattr("modeling_nim.data.tables.SAY_FROM_BYTES", 1000)
     recipe = make_parquet(tmp_path / "rows", 2000)
     with monkeypatch.context() as full:
-        full.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+        full.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
         with pytest.raises(ValueError, match="takes 0.0 GiB, and 0.0 GiB are free; set HF_DATASETS_CACHE"):
             load_source(recipe, "train")
     source = load_source(recipe, "train")
