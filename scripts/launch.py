@@ -9,6 +9,7 @@ stops unseen; torchrun kills what has not saved after 30 seconds. Here SIGTERM (
 and the launcher waits. A run that fails gives its own exit code.
 """
 
+import argparse
 import os
 import signal
 import subprocess
@@ -56,13 +57,25 @@ def children() -> list[int]:
     return [child.pid for child in psutil.Process().children()]
 
 
+def make_launch_parser():
+    """Accelerate's parser, with our words."""
+    from accelerate.commands.launch import launch_command_parser
+
+    parser = launch_command_parser()
+    parser.prog, parser.description = "scripts/launch.py", __doc__
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    return parser
+
+
 def main() -> int:
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        make_launch_parser().parse_args(["--help"])
     passer = SignalPasser()
     # the agent that starts several processes would stop them itself, and not wait long enough
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGHUP"
     import logging
 
-    from accelerate.commands.launch import launch_command, launch_command_parser
+    from accelerate.commands.launch import launch_command
     from torch.distributed import run  # noqa: F401  (its loggers are made now, so that they can be told to be quiet)
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -70,7 +83,7 @@ def main() -> int:
         if name.startswith("torch.distributed"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # the run says what went wrong
     logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)  # defaults are no reason to warn
-    arguments = launch_command_parser().parse_args()
+    arguments = make_launch_parser().parse_args()
     if arguments.cpu and (arguments.num_processes or 1) > 1 and arguments.mpirun_hostfile is None:
         # Accelerate starts one process for --cpu, however many are asked for
         os.environ["ACCELERATE_USE_CPU"] = "true"
