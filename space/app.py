@@ -1,33 +1,46 @@
 """A page to try the defence: attack an image, and see what noise and denoising make of the attack.
 
-    python space/app.py                                      # the model that `make demo` has trained
-    python space/app.py --model org/nim-digits --undefended org/nim-digits-undefended --port 7860
+    python space/app.py                                      # the released models of model_cards/
+    python space/app.py --models org/nim-digits --undefended org/nim-digits-undefended --port 7860
+    python space/app.py --purifier model_cards/nim-photos --classifier DIR    # any purifier before any classifier
 
-`--model` is a purified model and `--undefended` a classifier without defence, each a directory or a Hub id; without the
-second, the classifier inside the first one stands there without its purifier. `--examples` is a folder of images to pick
-from. On the Hub, where a Space has no command line, the variables NIM_MODEL, NIM_UNDEFENDED and NIM_EXAMPLES say the same.
+`--models` are purified models, each a directory or a Hub id, to choose from on the page. `--undefended` is a classifier
+without defence; without it, the classifier inside the defended model stands there without its purifier. `--hardened` is a
+second defended model to compare with; a directory beside the model whose name ends in -hardened is found by itself.
+`--examples` is a folder of images to pick from. On the Hub, where a Space has no command line, the variables NIM_MODELS
+(ids with spaces between them), NIM_UNDEFENDED, NIM_HARDENED and NIM_EXAMPLES say the same.
 
-Only transformers and gradio are needed: the models bring their own code (`trust_remote_code=True`).
+Only transformers and gradio are needed, as the models bring their own code (`trust_remote_code=True`); a purifier and a
+classifier are put together by the modeling_nim package.
 """
 
 import argparse
 import html
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image, ImageOps
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoImageProcessor, AutoModelForImageClassification, AutoModelForPreTraining
 
 
 HERE = Path(__file__).resolve().parent
-DEMO = HERE.parent / "outputs" / "demo"
+RELEASED = HERE.parent / "model_cards"
 STEPS = 10  # of the attack; the step is a quarter of its budget
+FRESH_DRAWS = 20
 SHOWN_CLASSES = 10
 MIN_SHOWN_PIXELS = 256  # small images are enlarged without smoothing, so that every pixel is visible
+PICTURES = {"undefended": ("clean", "attacked")} | dict.fromkeys(
+    ("defended", "hardened"), ("clean", "attacked", "noisy", "purified")
+)
 
 INTRO = """
 # Attack it, then purify it
@@ -38,24 +51,51 @@ attacked with **full knowledge**: the gradient passes through noise, denoiser an
 """
 
 CAVEAT = f"""
-**What this picture does not prove.** It is one image, one attack (PGD, {STEPS} steps, each with one noise draw) and the
-noise of one seed. Longer attacks that average over many draws succeed more often, and another seed may give another answer.
-The label that is attacked is the model's own answer on the clean image, right or wrong. Only accuracies over many images,
-with intervals and with the strongest attacks, say how good a defence is: see the project's results.
+**What this page does not prove.** It is one image and one attack (PGD, {STEPS} steps, each with one noise draw). A defended
+model answers at random: a single draw says little, the share of {FRESH_DRAWS} fresh draws says more, and longer attacks that
+average over many draws succeed more often. The label that is attacked is the model's own answer on the clean image, right
+or wrong. Only accuracies over many images, with intervals and with the strongest attacks, say how good a defence is: see
+the project's results.
 """
+
+# Where the attack starts, by the kind of the examples: what the project's results are measured at.
+EPSILON_255 = {"digit": 8, "cifar10": 4, "photo": 2}
+
+# What comes with this page, and whose it is. space/README.md says more.
+CREDITS = {
+    "digit": "Digits: UCI Optical Recognition of Handwritten Digits, test part (CC BY 4.0, Alpaydin and Kaynak).",
+    "cifar10": "Pictures: CIFAR-10, test part (Krizhevsky 2009).",
+    "photo": "Photographs, cropped: pagoda by danielbuechele and flower by vultilion (CC BY 2.0, from scikit-learn); "
+    "cat by S. van der Walt and coffee by R. Michetti (CC0), rocket by SpaceX (public domain), from scikit-image.",
+}
 
 CSS = """
 .nim-verdict { font-size: 1.02em; margin-top: -.4em; }
-.nim-caption { font-size: .9em; opacity: .75; }
+.nim-caption { font-size: .9em; opacity: .75; margin-bottom: -.2em; }
+.nim-row { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 10px; }
+.nim-row > * { min-width: 0; }
+.nim-row > :last-child { grid-column: span 2; }
+.nim-row > :nth-child(5) { grid-column: span 3; }
+@media (max-width: 800px) {
+  .nim-row { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .nim-row > :last-child { grid-column: 1 / -1; }
+}
+.nim-picture { aspect-ratio: 1; }
+.nim-small, .nim-small p { font-size: .84em; opacity: .85; }
 #examples .gallery-container, #examples .grid-wrap { height: auto; min-height: 0; overflow: visible; }
 #examples .grid-container {
   display: grid; grid-template: none / repeat(5, minmax(0, 1fr)); grid-auto-rows: auto; gap: 4px; padding: 4px;
 }
 #examples .thumbnail-item { width: 100%; min-width: 0; height: auto; aspect-ratio: 1; }
-#examples img, #chosen img, .nim-picture img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }
-.nim-bars { display: grid; grid-template-columns: max-content 1fr; gap: .16em .7em; font-size: .86em; align-items: center; }
-.nim-bars .name { text-align: right; }
+#examples img, #chosen img, .nim-picture img { width: 100%; height: 100%; object-fit: contain; }
+.nim-pixels img { image-rendering: pixelated; }
+.nim-bars {
+  display: grid; grid-template-columns: max-content minmax(40px, 1fr) max-content; gap: .16em .7em; font-size: .86em;
+  align-items: center;
+}
+.nim-bars .name { text-align: right; max-width: 11em; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .nim-bars .pair { display: grid; gap: 1px; }
+.nim-bars .percent { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .nim-bars .bar { height: .55em; min-width: 1px; border-radius: 2px; }
 .nim-before { background: #4c78a8; }
 .nim-after { background: #e45756; }
@@ -65,20 +105,145 @@ CSS = """
 """
 
 
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+class Undefended:
+    """A classifier without a purifier: images in [0, 1], prepared by its processor, to logits."""
+
+    def __init__(self, classify: Callable[[torch.Tensor], torch.Tensor], processor: Any, title: str):
+        self.classify, self.processor, self.title = classify, processor, title
+
+    def logits(self, images_01: torch.Tensor, **settings: Any) -> torch.Tensor:
+        return self.classify(images_01)
+
+    @classmethod
+    def from_pretrained(cls, name: str) -> "Undefended":
+        model = AutoModelForImageClassification.from_pretrained(name, trust_remote_code=True).eval()
+        processor = AutoImageProcessor.from_pretrained(name)
+        mean, std = (_per_channel(values) for values in (processor.image_mean, processor.image_std))
+        return cls(
+            lambda images_01: model((images_01 - mean) / std).logits,
+            processor,
+            "Undefended: a classifier trained on clean images",
+        )
+
+
+class Defended:
+    """A purified model; images in [0, 1] to logits, the randomness an argument."""
+
+    def __init__(self, model: Any, processor: Any, title: str):
+        if not hasattr(model, "purify") or model.config.purifier_config.degradation != "noise":
+            raise ValueError(f"{title} is no classifier behind a denoiser: pass a NIMPurifiedImageClassification")
+        self.model, self.processor, self.title = model.eval(), processor, title
+        self.mean, self.std = _per_channel(model.config.image_mean), _per_channel(model.config.image_std)
+
+    @classmethod
+    def from_pretrained(cls, name: str, title: str = "Defended: noise, denoiser, classifier") -> "Defended":
+        model = AutoModelForImageClassification.from_pretrained(name, trust_remote_code=True)
+        return cls(model, AutoImageProcessor.from_pretrained(name), title)
+
+    @classmethod
+    def from_parts(cls, purifier: str, classifier: str) -> "Defended":
+        """Any purifier of the package before any image classifier, which says how its images are prepared."""
+        from modeling_nim import NIMPurifiedImageClassification
+
+        parts = [
+            auto_class.from_pretrained(name, trust_remote_code=True)
+            for auto_class, name in ((AutoModelForPreTraining, purifier), (AutoModelForImageClassification, classifier))
+        ]
+        model = NIMPurifiedImageClassification.from_parts(*parts)
+        title = "Defended: noise, denoiser, a classifier that was not trained for it"
+        return cls(model, AutoImageProcessor.from_pretrained(classifier), title)
+
+    def output(self, images_01: torch.Tensor, sigma_255: float, generator: Any, votes: int = 1) -> Any:
+        pixel_values = (images_01 - self.mean) / self.std
+        return self.model(pixel_values, sigma=sigma_255, generator=generator, num_votes=votes)
+
+    def logits(self, images_01: torch.Tensor, **settings: Any) -> torch.Tensor:
+        return self.output(images_01, **settings).logits
+
+    def without_purifier(self) -> Undefended:
+        def classify(images_01: torch.Tensor) -> torch.Tensor:
+            pixel_values = (images_01 - self.mean) / self.std
+            return self.model.classifier(self.model.prepare_for_classifier(pixel_values)).logits
+
+        return Undefended(classify, self.processor, "Undefended: its classifier, without the purifier")
+
+
+@dataclass
+class Choice:
+    """One entry of the page's list of models, and what it is compared with."""
+
+    name: str
+    undefended: str | None = None
+    hardened: str | None = None
+    classifier: str | None = None  # where `name` is a purifier alone
+
+
+class Models:
+    """The rows of the page for one choice, loaded when it is first looked at."""
+
+    def __init__(self, choice: Choice):
+        if choice.classifier is None:
+            self.defended = Defended.from_pretrained(choice.name)
+        else:
+            self.defended = Defended.from_parts(choice.name, choice.classifier)
+        bare = self.defended.without_purifier()
+        self.rows: dict[str, Undefended | Defended] = {
+            "undefended": bare if choice.undefended is None else Undefended.from_pretrained(choice.undefended),
+            "defended": self.defended,
+        }
+        if choice.hardened is not None:
+            title = "Hardened: a defence that has met attacks in its training"
+            self.rows["hardened"] = Defended.from_pretrained(choice.hardened, title)
+        config = self.defended.model.config
+        self.class_names = [str(config.id2label[index]) for index in range(config.num_labels)]
+        self.sigma_255 = float(config.sigma) if str(config.sigma).replace(".", "", 1).isdigit() else 30.0
+        self.trained_on = _trained_on(choice.name)
+
+    def about(self, image: Image.Image) -> str:
+        """For what the model was trained, in two sentences."""
+        names = ", ".join(html.escape(name.split(",")[0]) for name in self.class_names[:SHOWN_CLASSES])
+        more = ", ..." if len(self.class_names) > SHOWN_CLASSES else ""
+        height, width = _images_01(self.defended.processor, image).shape[-2:]
+        origin = f"Trained on **{html.escape(self.trained_on)}**: it" if self.trained_on else "It"
+        return (
+            f"{origin} knows {len(self.class_names)} classes ({names}{more}) and sees {width}x{height} pixels. "
+            "On anything else its answer means nothing."
+        )
+
+
+def _per_channel(values: Sequence[float]) -> torch.Tensor:
+    return torch.tensor(values).view(1, -1, 1, 1)
+
+
+def _trained_on(name: str) -> str | None:
+    """The data set that the model's card names."""
+    try:
+        card = ModelCard.load(str(Path(name) / "README.md") if Path(name).is_dir() else name)
+    except (OSError, ValueError, HfHubHTTPError):
+        return None  # a model without a card
+    return card.data.eval_results[0].dataset_name if card.data.eval_results else None
+
+
+# ---- the attack ------------------------------------------------------------------------------------------------------
+
+
 def pgd(
     logits_of: Callable[[torch.Tensor], torch.Tensor],
     images_01: torch.Tensor,
+    label: torch.Tensor,
     epsilon: float,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """Projected gradient ascent on the cross-entropy of the model's own answer, within epsilon (L-infinity) of the image.
+    """Projected gradient ascent on the cross-entropy of `label`, within epsilon (L-infinity) of the image.
 
     Args:
         logits_of: classifies `(1, 3, H, W)` images in [0, 1]; may draw fresh noise in every call.
+        label: `(1,)`.
         epsilon: of the [0, 1] range.
     """
-    with torch.no_grad():
-        label = logits_of(images_01).argmax(dim=-1)
     start = torch.rand(images_01.shape, generator=generator) * 2 - 1
     adversarial_01 = (images_01 + epsilon * start).clamp(0, 1)
     for _ in range(STEPS):
@@ -91,85 +256,111 @@ def pgd(
 
 
 class Page:
-    """The two models, and what the page shows for one image."""
+    """The models to choose from, and what the page shows for one image."""
 
-    def __init__(self, model: str, undefended: str | None):
-        self.defended = AutoModelForImageClassification.from_pretrained(model, trust_remote_code=True).eval()
-        if not hasattr(self.defended, "purify") or self.defended.config.purifier_config.degradation != "noise":
-            raise ValueError(f"{model} is no classifier behind a denoiser: pass a NIMPurifiedImageClassification")
-        self.processor = AutoImageProcessor.from_pretrained(model)
-        config = self.defended.config
-        # (1, 3, 1, 1) each
-        self.mean, self.std = (
-            torch.tensor(values).view(1, -1, 1, 1) for values in (config.image_mean, config.image_std)
-        )
-        self.undefended, self.undefended_name = self._own_classifier, "its classifier, without the purifier"
-        self.undefended_processor = self.processor
-        if undefended is not None:
-            bare = AutoModelForImageClassification.from_pretrained(undefended, trust_remote_code=True).eval()
-            self.undefended_processor = AutoImageProcessor.from_pretrained(undefended)
-            mean, std = (
-                torch.tensor(values).view(1, -1, 1, 1)
-                for values in (self.undefended_processor.image_mean, self.undefended_processor.image_std)
-            )
-            self.undefended = lambda images_01: bare((images_01 - mean) / std).logits
-            self.undefended_name = "a classifier trained on clean images"
-        self.class_names = [config.id2label[index] for index in range(config.num_labels)]
+    def __init__(self, choices: Sequence[Choice]):
+        self.choices = {choice.name.rstrip("/").split("/")[-1]: choice for choice in choices}
+        self._loaded: dict[str, Models] = {}
 
-    def _own_classifier(self, images_01: torch.Tensor) -> torch.Tensor:
-        pixel_values = (images_01 - self.mean) / self.std
-        return self.defended.classifier(self.defended.prepare_for_classifier(pixel_values)).logits
+    def models(self, name: str) -> Models:
+        if name not in self._loaded:
+            self._loaded[name] = Models(self.choices[name])
+        return self._loaded[name]
 
-    def run(self, image: Image.Image | None, epsilon_255: float, sigma_255: float, votes: int, seed: int) -> tuple:
-        """Attack both models; see `build` for where the results go."""
+    def run(
+        self, name: str, image: Image.Image | None, epsilon_255: float, sigma_255: float, votes: int, seed: int
+    ) -> tuple:
+        """Attack every row of a model; see `build` for where the results go."""
         if image is None:
             raise gr.Error("Pick one of the images first, or upload one.")
         if seed is None or int(seed) < 0:
             raise gr.Error("The seed must be a whole number, 0 or more.")
-        epsilon, seed, votes = epsilon_255 / 255, int(seed), int(votes)
-
-        bare_01 = _images_01(self.undefended_processor, image)
-        bare_attacked_01 = pgd(self.undefended, bare_01, epsilon, _generator(seed, "start"))
-
-        images_01 = _images_01(self.processor, image)
-        attackers_noise = _generator(seed, "attack")
-
-        def defended(images: torch.Tensor, generator: torch.Generator, num_votes: int):
-            pixel_values = (images - self.mean) / self.std
-            return self.defended(pixel_values, sigma=sigma_255, generator=generator, num_votes=num_votes)
-
-        attacked_01 = pgd(
-            lambda x: defended(x, attackers_noise, 1).logits, images_01, epsilon, _generator(seed, "start")
-        )
-        with torch.no_grad():
-            clean, attacked = (defended(x, _generator(seed, "defence"), votes) for x in (images_01, attacked_01))
-            before = [self.undefended(bare_01), clean.logits]
-            after = [self.undefended(bare_attacked_01), attacked.logits]
-        # The first of the draws that were classified.
-        stages = (attacked.degraded_pixel_values, attacked.purified_pixel_values)
-        shown = [bare_01, bare_attacked_01, images_01, attacked_01, *(x * self.std + self.mean for x in stages)]
-        probabilities = [(b.softmax(-1)[0], a.softmax(-1)[0]) for b, a in zip(before, after, strict=True)]
-        bars = [bars_html(self.class_names, b.tolist(), a.tolist()) for b, a in probabilities]
-        verdicts = [self.verdict(b, a, epsilon_255) for b, a in probabilities]
-        return (*[to_pil(x) for x in shown], *verdicts, *bars)
-
-    def verdict(self, before: torch.Tensor, after: torch.Tensor, epsilon_255: float) -> str:
-        """One line: the answer before and after the attack."""
-        first, second = int(before.argmax()), int(after.argmax())
-        name = [html.escape(str(self.class_names[index])) for index in (first, second)]
-        withstood = "the answer stays" if first == second else "**the attack succeeds**"
-        return (
-            f"{name[0]} ({before[first]:.0%}) → {name[1]} ({after[second]:.0%}) at eps {epsilon_255:g}/255: {withstood}"
-        )
+        models = self.models(name)
+        shown = []
+        for row, pictures in PICTURES.items():
+            if row in models.rows:
+                settings = (epsilon_255, sigma_255, int(votes), int(seed))
+                shown += attack_row(models.rows[row], image, models.class_names, *settings)
+            else:
+                shown += ["", *[None] * len(pictures), ""]
+        return tuple(shown)
 
 
-def _generator(seed: int, purpose: str) -> torch.Generator:
-    """Separate streams: the attacker must not meet the draws of the defence."""
-    return torch.Generator().manual_seed(3 * seed + ("defence", "attack", "start").index(purpose))
+def attack_row(
+    system: Undefended | Defended,
+    image: Image.Image,
+    class_names: Sequence[str],
+    epsilon_255: float,
+    sigma_255: float,
+    votes: int,
+    seed: int,
+) -> list:
+    """A row's verdict, pictures and bars: the image attacked by someone who knows everything but the draw."""
+    images_01 = _images_01(system.processor, image)
+    defence = {"sigma_255": sigma_255, "votes": votes}
+    attackers_noise = _generator(seed, "attack")
+    with torch.no_grad():
+        before = system.logits(images_01, generator=_generator(seed, "defence"), **defence)
+    label = before.argmax(dim=-1)
+    attacked_01 = pgd(
+        lambda x: system.logits(x, sigma_255=sigma_255, generator=attackers_noise, votes=1),
+        images_01,
+        label,
+        epsilon_255 / 255,
+        _generator(seed, "start"),
+    )
+    pictures, holding = [images_01, attacked_01], None
+    with torch.no_grad():
+        if isinstance(system, Defended):
+            output = system.output(attacked_01, generator=_generator(seed, "defence"), **defence)
+            after = output.logits
+            seen = (output.degraded_pixel_values, output.purified_pixel_values)  # of the first vote
+            pictures += [pixel_values * system.std + system.mean for pixel_values in seen]
+            holding = [
+                sum(
+                    int(system.logits(x, generator=_generator(seed, "fresh", draw), **defence).argmax() == label)
+                    for draw in range(FRESH_DRAWS)
+                )
+                for x in (images_01, attacked_01)
+            ]
+        else:
+            after = system.logits(attacked_01)
+    probabilities = before.softmax(-1)[0], after.softmax(-1)[0]
+    bars = bars_html(class_names, *(values.tolist() for values in probabilities))
+    return [verdict(class_names, *probabilities, epsilon_255, holding), *[to_pil(x) for x in pictures], bars]
 
 
-def _images_01(processor, image: Image.Image) -> torch.Tensor:
+def verdict(
+    class_names: Sequence[str],
+    before: torch.Tensor,
+    after: torch.Tensor,
+    epsilon_255: float,
+    holding: Sequence[int] | None,
+) -> str:
+    """One line: the answer before and after the attack; where it is random, how many fresh draws keep it."""
+    first, second = int(before.argmax()), int(after.argmax())
+    names = [html.escape(str(class_names[index])) for index in (first, second)]
+    changed = f"{names[0]} ({before[first]:.0%}) → {names[1]} ({after[second]:.0%}) at eps {epsilon_255:g}/255: "
+    if holding is None:
+        return changed + ("the answer stays" if first == second else "**the attack succeeds**")
+    outcome = "the answer stays" if first == second else "**the attack succeeds**"
+    return (
+        f"{changed}{outcome} with this draw. Of {FRESH_DRAWS} fresh draws **{holding[1]} hold** "
+        f"({holding[0]} without the attack)"
+    )
+
+
+def _generator(seed: int, purpose: str, draw: int = 0) -> torch.Generator:
+    """Separate streams: the attacker must not meet the draws of the defence, nor one draw another."""
+    stream = ("defence", "attack", "start", "fresh").index(purpose) + draw
+    return torch.Generator().manual_seed((3 + FRESH_DRAWS) * seed + stream)
+
+
+def _images_01(processor: Any, image: Image.Image) -> torch.Tensor:
     return processor(images=image, return_tensors="pt", do_normalize=False)["pixel_values"]  # (1, 3, H, W)
+
+
+# ---- what is shown ---------------------------------------------------------------------------------------------------
 
 
 def to_pil(images_01: torch.Tensor) -> Image.Image:
@@ -184,10 +375,12 @@ def bars_html(class_names: Sequence[str], before: Sequence[float], after: Sequen
     """Probabilities before and after the attack as pairs of bars; the likeliest classes where there are many."""
     likeliest = sorted(range(len(class_names)), key=lambda index: -max(before[index], after[index]))[:SHOWN_CLASSES]
     rows = [
-        f'<div class="name">{html.escape(str(class_names[index]))}</div><div class="pair">'
-        f'<div class="bar nim-before" title="before: {before[index]:.1%}" style="width: {100 * before[index]:.2f}%"></div>'
-        f'<div class="bar nim-after" title="after: {after[index]:.1%}" style="width: {100 * after[index]:.2f}%"></div></div>'
+        f'<div class="name" title="{name}">{name}</div><div class="pair">'
+        f'<div class="bar nim-before" style="width: {100 * before[index]:.2f}%"></div>'
+        f'<div class="bar nim-after" style="width: {100 * after[index]:.2f}%"></div></div>'
+        f'<div class="percent">{before[index]:.0%} → {after[index]:.0%}</div>'
         for index in sorted(likeliest)
+        for name in [html.escape(str(class_names[index]), quote=True)]
     ]
     key = '<div class="nim-key"><i class="nim-before"></i>before<i class="nim-after"></i>after the attack</div>'
     return f'{key}<div class="nim-bars">{"".join(rows)}</div>'
@@ -202,107 +395,217 @@ def read_upload(path: str) -> Image.Image:
         raise gr.Error(f"{Path(path).name} is no image that can be read. Upload a PNG or JPEG file.") from None
 
 
+def examples_for(class_names: Sequence[str], examples: Sequence[Path]) -> list[Path]:
+    """The examples that are like a model's own data, told by its classes; all of them where none is of a known kind."""
+    if all(name.removeprefix("digit ").isdigit() for name in class_names):
+        kind = "digit"
+    else:
+        kind = "cifar10" if {"airplane", "frog", "truck"} <= set(class_names) else "photo"
+    return [path for path in examples if path.name.startswith(f"{kind}-")] or list(examples)
+
+
+def kind_of(examples: Sequence[Path]) -> str:
+    return examples[0].name.split("-")[0]
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
 def build(page: Page, examples: Sequence[Path]) -> gr.Blocks:
-    sigma = page.defended.config.sigma
-    fixed_sigma = float(sigma) if str(sigma).replace(".", "", 1).isdigit() else 30.0
+    first = next(iter(page.choices))
     with gr.Blocks(title="Noisy image modeling: attack and purify", analytics_enabled=False) as blocks:
         gr.Markdown(INTRO)
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                gallery = gr.Gallery(
-                    value=[str(path) for path in examples],
-                    label="Pick an image",
-                    show_label=False,
-                    object_fit="contain",
-                    allow_preview=False,
-                    interactive=False,
-                    elem_id="examples",
-                    buttons=[],
-                )
-                upload = gr.UploadButton("... or upload one", elem_id="upload", size="sm")
-                chosen = gr.Image(
-                    label="Chosen",
-                    type="pil",
-                    interactive=False,
-                    height=170,
-                    elem_id="chosen",
-                    format="png",
-                    buttons=[],
-                )
-                epsilon = gr.Slider(
-                    0, 32, value=8, step=1, label="eps: largest change of a pixel, of 255", elem_id="epsilon"
-                )
-                sigma_255 = gr.Slider(
-                    0, 150, value=fixed_sigma, step=1, label="sigma: noise of the defence, of 255", elem_id="sigma"
-                )
-                votes = gr.Slider(
-                    1, 16, value=1, step=1, label="votes: noise draws averaged per answer", elem_id="votes"
-                )
-                seed = gr.Number(0, precision=0, label="seed", elem_id="seed")
-                button = gr.Button("Attack", variant="primary", elem_id="run")
+                inputs = _build_inputs(page, first, examples)
             with gr.Column(scale=3):
-                outputs = {}
-                rows = [
-                    ("undefended", f"Undefended: {page.undefended_name}", ("clean", "attacked")),
-                    ("defended", "Defended: noise, denoiser, classifier", ("clean", "attacked", "noisy", "purified")),
-                ]
-                for name, title, pictures in rows:
-                    gr.Markdown(f"### {title}")
-                    verdict = gr.Markdown("", elem_id=f"{name}-verdict", elem_classes="nim-verdict")
-                    with gr.Row():
-                        for picture in pictures:
-                            with gr.Column(min_width=110):
-                                gr.Markdown(picture, elem_classes="nim-caption")
-                                outputs[f"{name}-{picture}"] = gr.Image(
-                                    show_label=False,
-                                    interactive=False,
-                                    height=150,
-                                    format="png",
-                                    buttons=[],
-                                    elem_id=f"{name}-{picture}",
-                                    elem_classes="nim-picture",
-                                )
-                        for _ in range(4 - len(pictures)):
-                            gr.Column(min_width=110)  # the rows stay aligned
-                        with gr.Column(scale=2, min_width=220):
-                            bars = gr.HTML("", elem_id=f"{name}-bars")
-                    outputs |= {f"{name}-verdict": verdict, f"{name}-bars": bars}
+                rows = [_build_row(row, page.models(first), pictures) for row, pictures in PICTURES.items()]
                 gr.Markdown(CAVEAT, elem_id="caveat")
 
-        def pick(event: gr.SelectData) -> Image.Image:
-            return read_upload(str(examples[event.index]))
-
-        gallery.select(pick, None, chosen, show_progress="hidden")
-        upload.upload(read_upload, upload, chosen, show_progress="hidden")
-        order = [f"{name}-{picture}" for name, _, pictures in rows for picture in pictures]
-        order += ["undefended-verdict", "defended-verdict", "undefended-bars", "defended-bars"]
-        button.click(
-            page.run, [chosen, epsilon, sigma_255, votes, seed], [outputs[name] for name in order], api_name="attack"
+        outputs = [component for row in rows for component in row["outputs"]]
+        run = (
+            page.run,
+            [inputs[name] for name in ("model", "chosen", "epsilon", "sigma", "votes", "seed")],
+            outputs,
         )
+
+        def pick(model: str, event: gr.SelectData) -> Image.Image:
+            return read_upload(str(examples_for(page.models(model).class_names, examples)[event.index]))
+
+        def choose(model: str) -> list:
+            models = page.models(model)
+            own = examples_for(models.class_names, examples)
+            image = read_upload(str(own[0]))
+            changes = [
+                gr.update(value=[str(path) for path in own], selected_index=None),
+                image,
+                EPSILON_255.get(kind_of(own), 8),
+                models.sigma_255,
+                models.about(image),
+                CREDITS.get(kind_of(own), ""),
+            ]
+            for row in PICTURES:
+                title = models.rows[row].title if row in models.rows else ""
+                changes += [gr.update(visible=row in models.rows), f"### {title}"]
+            return changes
+
+        changed = [inputs[name] for name in ("gallery", "chosen", "epsilon", "sigma", "about", "credit")]
+        for row in rows:
+            changed += [row["column"], row["title"]]
+        inputs["gallery"].select(pick, inputs["model"], inputs["chosen"], show_progress="hidden")
+        inputs["upload"].upload(read_upload, inputs["upload"], inputs["chosen"], show_progress="hidden")
+        inputs["button"].click(*run, api_name="attack")
+        inputs["model"].change(choose, inputs["model"], changed, show_progress="hidden").success(*run, api_name=False)
+        blocks.load(*run, api_name=False)  # the first example is chosen, and its attack is shown
     return blocks
+
+
+def _build_inputs(page: Page, first: str, examples: Sequence[Path]) -> dict[str, Any]:
+    """The left column."""
+    models = page.models(first)
+    own = examples_for(models.class_names, examples)
+    image = read_upload(str(own[0]))
+    found = {
+        "model": gr.Dropdown(
+            list(page.choices), value=first, label="Model", elem_id="model", visible=len(page.choices) > 1
+        ),
+        "about": gr.Markdown(models.about(image), elem_id="about", elem_classes="nim-small"),
+        "gallery": gr.Gallery(
+            value=[str(path) for path in own],
+            label="Pick an image",
+            show_label=False,
+            object_fit="contain",
+            allow_preview=False,
+            interactive=False,
+            elem_id="examples",
+            elem_classes="nim-pixels",
+            buttons=[],
+        ),
+        "credit": gr.Markdown(CREDITS.get(kind_of(own), ""), elem_classes="nim-small"),
+        "upload": gr.UploadButton("... or upload one", elem_id="upload", size="sm"),
+        "chosen": gr.Image(
+            image,
+            label="Chosen",
+            type="pil",
+            interactive=False,
+            height=170,
+            elem_id="chosen",
+            elem_classes="nim-pixels",
+            format="png",
+            buttons=[],
+        ),
+    }
+    sliders = {
+        "epsilon": (
+            0,
+            32,
+            EPSILON_255.get(kind_of(own), 8),
+            "eps: largest change of a pixel, of 255",
+            "The attacker's budget. 0 is no attack.",
+        ),
+        "sigma": (
+            0,
+            150,
+            models.sigma_255,
+            "sigma: noise of the defence, of 255",
+            "More noise drowns more of an attack, and more of the image. It starts at the model's own.",
+        ),
+        "votes": (
+            1,
+            16,
+            1,
+            "votes: noise draws averaged per answer",
+            "Each answer averages the probabilities of so many draws: steadier, and as many times slower.",
+        ),
+    }
+    for name, (low, high, value, label, info) in sliders.items():
+        found[name] = gr.Slider(low, high, value=value, step=1, label=label, info=info, elem_id=name)
+    info = "Fixes every random draw of this page, the attacker's and the defence's. Try another."
+    found["seed"] = gr.Number(0, precision=0, label="seed", info=info, elem_id="seed")
+    found["button"] = gr.Button("Attack", variant="primary", elem_id="run")
+    return found
+
+
+def _build_row(row: str, models: Models, pictures: Sequence[str]) -> dict[str, Any]:
+    """One model of the right column: verdict, pictures, bars."""
+    title = models.rows[row].title if row in models.rows else ""
+    with gr.Column(visible=row in models.rows, elem_id=row) as column:
+        heading = gr.Markdown(f"### {title}")
+        line = gr.Markdown("", elem_id=f"{row}-verdict", elem_classes="nim-verdict")
+        with gr.Row(elem_classes="nim-row"):
+            shown = []
+            for picture in pictures:
+                with gr.Column(min_width=0):
+                    gr.Markdown(picture, elem_classes="nim-caption")
+                    shown.append(
+                        gr.Image(
+                            show_label=False,
+                            interactive=False,
+                            format="png",
+                            buttons=["fullscreen"],
+                            elem_id=f"{row}-{picture}",
+                            elem_classes="nim-picture nim-pixels",
+                        )
+                    )
+            with gr.Column(min_width=0):
+                bars = gr.HTML("", elem_id=f"{row}-bars")
+    return {"column": column, "title": heading, "outputs": [line, *shown, bars]}
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+def released_models() -> list[str]:
+    """The purified models of model_cards/, without those that another one is compared with."""
+    found = []
+    for path in sorted(RELEASED.glob("*/config.json")):
+        architectures = json.loads(path.read_text(encoding="utf-8"))["architectures"]
+        if architectures == ["NIMPurifiedImageClassification"] and not path.parent.name.endswith("-hardened"):
+            found.append(str(path.parent))
+    return sorted(found, key=lambda name: (name.endswith("-statistics"), "digits" not in name, name))
+
+
+def make_choices(args: argparse.Namespace) -> list[Choice]:
+    """What the command line asks for; FileNotFoundError or ValueError where it cannot be had."""
+    if (args.purifier is None) != (args.classifier is None):
+        raise ValueError("--purifier and --classifier are two parts of one model: pass both")
+    choices = [Choice(name, args.undefended, args.hardened) for name in args.models]
+    if args.purifier is not None:
+        choices = [Choice(args.purifier, args.undefended, args.hardened, args.classifier)] + choices
+    elif not choices:
+        choices = [Choice(name) for name in released_models()]
+    for choice in choices:
+        if choice.hardened is None and Path(f"{choice.name.rstrip('/')}-hardened").is_dir():
+            choice.hardened = f"{choice.name.rstrip('/')}-hardened"
+        for name in filter(None, (choice.name, choice.undefended, choice.hardened, choice.classifier)):
+            if os.sep in str(Path(name).parent) and not Path(name).is_dir():
+                raise FileNotFoundError(f"there is no model {name}: pass a directory or a Hub id")
+    if not choices:
+        raise FileNotFoundError(f"{RELEASED} holds no purified model: name one with --models")
+    return choices
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     environment = os.environ.get
-    parser.add_argument("--model", default=environment("NIM_MODEL", str(DEMO / "finetune_denoised" / "purified")))
-    parser.add_argument("--undefended", default=environment("NIM_UNDEFENDED"), help="default: the demo's, or none")
+    parser.add_argument("--models", nargs="+", default=environment("NIM_MODELS", "").split(), help="default: released")
+    parser.add_argument("--purifier", help="a purifier alone, put before --classifier")
+    parser.add_argument("--classifier", help="any image classifier of transformers")
+    parser.add_argument("--undefended", default=environment("NIM_UNDEFENDED"), help="default: the model's classifier")
+    parser.add_argument(
+        "--hardened", default=environment("NIM_HARDENED"), help="default: MODEL-hardened, if it is there"
+    )
     parser.add_argument("--examples", type=Path, default=Path(environment("NIM_EXAMPLES", HERE / "examples")))
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 opens the page to other machines")
     parser.add_argument("--port", type=int, default=None, help="default: the first free one from 7860")
     args = parser.parse_args()
 
-    if args.model == str(DEMO / "finetune_denoised" / "purified") and args.undefended is None:
-        args.undefended = str(DEMO / "finetune_original")
     suffixes = (".png", ".jpg", ".jpeg")
     examples = sorted(path for path in args.examples.glob("*") if path.suffix.lower() in suffixes)
     try:
-        for model in filter(None, (args.model, args.undefended)):
-            if os.sep in str(Path(model).parent) and not Path(model).is_dir():
-                raise FileNotFoundError(f"there is no model {model}: train it with `make demo`, or pass --model")
         if not examples:
             raise FileNotFoundError(f"{args.examples} holds no .png or .jpg image: pass another folder with --examples")
-        blocks = build(Page(args.model, args.undefended), examples)
+        blocks = build(Page(make_choices(args)), examples)
     except (OSError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
