@@ -1,17 +1,22 @@
 """What both pre-training families are: degrade (Eq. 3 or Eq. 1), reconstruct, and score; without the score, purify.
 
-A family brings `reconstruct` and `forward_loss`, and says what its masks are made of (`mask_square_size`, `_hidden_from_noise`,
-`_hidden_from_mask`).
+An image larger than the model is degraded whole and reconstructed in overlapping tiles (`tile_*` of the configuration), so
+that sigma, epsilon and what is certified mean the same at every size.
+
+A family brings `reconstruct` and `forward_loss`, and says what its masks are made of (`mask_square_size`,
+`_hidden_from_noise`, `_hidden_from_mask`, `_mask_from_hidden`).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEForPreTrainingOutput
 from transformers.utils.generic import can_return_tuple
 
 from .noise_nim import Generators, clamp_to_image_range, degrade, draw_noise, sample_mask_noise
+from .tiles_nim import TileGrid
 
 
 @dataclass
@@ -59,8 +64,8 @@ class NIMPreTrainingMixin:
             image_size: side, or height and width, of the images; None is the configuration's.
 
         Returns:
-            `sigma` `(B,)` on 0..255 and `epsilon` `(B, C, H, W)` (section 2.4, Eq. 3), or `noise` `(B, M)` (Eq. 1), on the
-            device of the generators.
+            `sigma` `(B,)` on 0..255 and `epsilon` `(B, C, H, W)` (section 2.4, Eq. 3), or `noise` `(B, M)` (Eq. 1) with M
+            squares in the tiles of an image, on the device of the generators.
         """
         first = generators[0] if isinstance(generators, Sequence) else generators
         device = self.device if first is None else first.device
@@ -72,7 +77,11 @@ class NIMPreTrainingMixin:
             return dict(zip(("sigma", "epsilon"), draw_noise(spec, shape, generators, device), strict=True))
         if sigma is not None:
             raise ValueError(f'sigma {sigma!r} belongs to degradation="noise"; this model hides patches: leave it out')
-        return {"noise": sample_mask_noise((batch_size, self._num_squares(height, width)), generators, device)}
+        return {
+            "noise": sample_mask_noise(
+                (batch_size, self._num_pieces(height, width, self.mask_square_size)), generators, device
+            )
+        }
 
     def degrade(
         self,
@@ -82,12 +91,13 @@ class NIMPreTrainingMixin:
         generator: Generators = None,
         noise: torch.Tensor | None = None,
         bool_masked_pos: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The first step of Eq. 9; arguments as in `forward`.
+        """The first step of Eq. 9; arguments as in `purify`.
 
         Returns:
             The images `(B, C, H, W)` with the noise of Eq. 3 added, or as they are where patches are hidden; and what tells
-            `reconstruct` which patches those are, `(B, N)`, or None where every patch is seen.
+            `reconstruct` which patches those are, `(B, N)`, one tile after the other, or None where every patch is seen.
         """
         hides_patches = self.config.degradation == "mask"
         if hides_patches and (sigma is not None or epsilon is not None):
@@ -101,17 +111,28 @@ class NIMPreTrainingMixin:
         if not hides_patches:
             sigma = self.config.sigma if sigma is None else sigma
             return degrade(pixel_values, sigma, epsilon, generator, self.config.image_std), None
+        batch_size, _, height, width = pixel_values.shape
+        if self._tiles(height, width, interpolate_pos_encoding):
+            height = width = self.config.image_size  # of a tile: masks are made tile by tile
         if bool_masked_pos is not None:
-            return pixel_values, self._hidden_from_mask(self._checked_mask(bool_masked_pos, pixel_values))
-        shape = (pixel_values.shape[0], self._num_squares(*pixel_values.shape[-2:]))
+            num_patches = self._num_pieces(*pixel_values.shape[-2:], self.config.patch_size, interpolate_pos_encoding)
+            if bool_masked_pos.shape[0] != batch_size or bool_masked_pos[0].numel() != num_patches:
+                raise ValueError(
+                    f"bool_masked_pos has shape {tuple(bool_masked_pos.shape)}: pass ({batch_size}, {num_patches}), one value "
+                    "for each patch"
+                )
+            mask = bool_masked_pos.reshape(-1, (height // self.config.patch_size) * (width // self.config.patch_size))
+            return pixel_values, self._hidden_from_mask(mask.to(pixel_values.device)).view(batch_size, -1)
+        side = self.mask_square_size
+        shape = (batch_size, self._num_pieces(*pixel_values.shape[-2:], side, interpolate_pos_encoding))
         if noise is None:
             noise = sample_mask_noise(shape, generator, pixel_values.device)
         if noise.shape != shape:
-            side = self.mask_square_size
             raise ValueError(
                 f"noise has shape {tuple(noise.shape)}: pass {shape}, one number for each square of {side}x{side} pixels"
             )
-        return pixel_values, self._hidden_from_noise(noise.to(pixel_values.device), *pixel_values.shape[-2:])
+        noise = noise.to(pixel_values.device).reshape(-1, (height // side) * (width // side))
+        return pixel_values, self._hidden_from_noise(noise, height, width).view(batch_size, -1)
 
     @can_return_tuple
     def forward(
@@ -145,7 +166,9 @@ class NIMPreTrainingMixin:
                 argument belongs to the other degradation.
         """
         self._check_image_size(pixel_values, interpolate_pos_encoding)
-        degraded, hidden = self.degrade(pixel_values, sigma, epsilon, generator, noise, bool_masked_pos)
+        degraded, hidden = self.degrade(
+            pixel_values, sigma, epsilon, generator, noise, bool_masked_pos, interpolate_pos_encoding
+        )
         output = self.reconstruct(degraded, hidden, pixel_values, interpolate_pos_encoding, **kwargs)
         return NIMForPreTrainingOutput(**{**output, "loss": self.forward_loss(pixel_values, output)})
 
@@ -162,13 +185,16 @@ class NIMPreTrainingMixin:
         r"""
         The defence's first two steps in Eq. 9: degrade and reconstruct; gradients pass through both, on purpose.
 
-        Takes the arguments of `forward`. With masks the visible patches are pasted back into the reconstruction.
+        Takes the arguments of `forward`, and images of any size from the configured one up, square or not; larger ones are
+        reconstructed in tiles, at most `tile_batch_size` of them in memory. `noise` and `bool_masked_pos` then hold those of
+        one tile after the other. With masks the visible patches are pasted back into the reconstruction.
 
         Returns:
             `(B, C, H, W)`, normalised, clamped to the range of [0, 1] images.
         """
-        self._check_image_size(pixel_values, interpolate_pos_encoding)
-        degraded, hidden = self.degrade(pixel_values, sigma, epsilon, generator, noise, bool_masked_pos)
+        degraded, hidden = self.degrade(
+            pixel_values, sigma, epsilon, generator, noise, bool_masked_pos, interpolate_pos_encoding
+        )
         return self.restore(degraded, hidden, pixel_values, interpolate_pos_encoding)
 
     def restore(
@@ -187,11 +213,44 @@ class NIMPreTrainingMixin:
         Returns:
             `(B, C, H, W)`, normalised, clamped to the range of [0, 1] images.
         """
+        grid = self._tiles(*degraded.shape[-2:], interpolate_pos_encoding)
+        if grid is None:
+            images = self._restore(degraded, hidden, pixel_values, interpolate_pos_encoding)
+        else:
+            parts = [grid.cut(degraded), None, grid.cut(pixel_values)]
+            if hidden is not None:
+                parts[1] = hidden.reshape(len(parts[0]), -1)  # (B * T, N)
+            images = grid.blend(self._restore_in_batches(*parts))
+        return clamp_to_image_range(images, self.config.image_mean, self.config.image_std)
+
+    def _restore_in_batches(
+        self, degraded: torch.Tensor, hidden: torch.Tensor | None, pixel_values: torch.Tensor
+    ) -> torch.Tensor:
+        size = self.config.tile_batch_size
+        batches = zip(
+            degraded.split(size),
+            [None] * -(-len(degraded) // size) if hidden is None else hidden.split(size),
+            pixel_values.split(size),
+            strict=True,
+        )
+        if len(degraded) <= size or not torch.is_grad_enabled():
+            return torch.cat([self._restore(*batch) for batch in batches])
+        # Computed again on the way back: otherwise the gradient would hold the activations of all tiles at once.
+        return torch.cat([checkpoint(self._restore, *batch, use_reentrant=False) for batch in batches])
+
+    def _restore(
+        self,
+        degraded: torch.Tensor,
+        hidden: torch.Tensor | None,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool = False,
+    ) -> torch.Tensor:
+        """The reconstruction of images that the model takes in one piece, visible patches pasted back, not clamped."""
         output = self.reconstruct(degraded, hidden, pixel_values, interpolate_pos_encoding)
         images = output.reconstruction.to(pixel_values.dtype)
         if output.mask is not None:
             images = torch.where(self._pixel_mask(output.mask, images).bool(), images, pixel_values)
-        return clamp_to_image_range(images, self.config.image_mean, self.config.image_std)
+        return images
 
     def patchify(self, images: torch.Tensor) -> torch.Tensor:
         """Images `(B, C, H, W)` to patches `(B, N, patch * patch * C)`, channels last as in MAE."""
@@ -200,18 +259,21 @@ class NIMPreTrainingMixin:
         patches = images.reshape(batch_size, channels, height // patch, patch, width // patch, patch)
         return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
-    def _num_squares(self, height: int, width: int) -> int:
-        return (height // self.mask_square_size) * (width // self.mask_square_size)
+    def _tiles(self, height: int, width: int, interpolate_pos_encoding: bool = False) -> TileGrid | None:
+        """The tiles of larger images; None where the model takes the images in one piece."""
+        config, size = self.config, self.config.image_size
+        if interpolate_pos_encoding or (height, width) == (size, size):
+            return None
+        stride = size // 2 if config.tile_stride is None else config.tile_stride
+        border = size // 4 if config.tile_border is None else config.tile_border
+        return TileGrid(height, width, size, stride, border, config.tile_window)
 
-    def _checked_mask(self, mask: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-        """A given mask as `(B, N)`."""
-        batch_size, _, height, width = pixel_values.shape
-        num_patches = (height // self.config.patch_size) * (width // self.config.patch_size)
-        if mask.shape[0] != batch_size or mask[0].numel() != num_patches:
-            raise ValueError(
-                f"bool_masked_pos has shape {tuple(mask.shape)}: pass ({batch_size}, {num_patches}), one value for each patch"
-            )
-        return mask.flatten(1).to(pixel_values.device)
+    def _num_pieces(self, height: int, width: int, side: int, interpolate_pos_encoding: bool = False) -> int:
+        """Number of squares of `side` pixels in an image, or in all of its tiles."""
+        grid = self._tiles(height, width, interpolate_pos_encoding)
+        if grid is None:
+            return (height // side) * (width // side)
+        return grid.rows * grid.columns * (grid.size // side) ** 2
 
     def _pixel_mask(self, mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Patches `(B, N)` to pixels `(B, 1, H, W)`."""
@@ -219,6 +281,16 @@ class NIMPreTrainingMixin:
         mask = mask.to(like.dtype).view(-1, 1, like.shape[-2] // patch, like.shape[-1] // patch)
         return mask.repeat_interleave(patch, dim=2).repeat_interleave(patch, dim=3)
 
-    def hide(self, images: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
-        """The degraded images as the encoder sees them: zeros in the patches that `hidden`, of `degrade`, hides."""
-        return images if hidden is None else images * (1 - self._pixel_mask(self._mask_from_hidden(hidden), images))
+    def hide(
+        self, images: torch.Tensor, hidden: torch.Tensor | None, interpolate_pos_encoding: bool = False
+    ) -> torch.Tensor:
+        """The degraded images as the encoder sees them: zeros in the patches that `hidden`, of `degrade`, hides. Where tiles
+        overlap, a pixel keeps the share of the tiles that see it."""
+        if hidden is None:
+            return images
+        grid = self._tiles(*images.shape[-2:], interpolate_pos_encoding)
+        if grid is None:
+            return images * (1 - self._pixel_mask(self._mask_from_hidden(hidden), images))
+        hidden = hidden.reshape(len(images) * grid.rows * grid.columns, -1)  # (B * T, N)
+        one_tile = images[..., : grid.size, : grid.size]
+        return images * (1 - grid.blend(self._pixel_mask(self._mask_from_hidden(hidden), one_tile)))

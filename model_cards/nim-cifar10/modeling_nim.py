@@ -91,7 +91,7 @@ class DropPath(nn.Module):
         return f"rate={self.rate}"
 
 
-def check_image_size(pixel_values: torch.Tensor, size: tuple[int, int]) -> None:
+def require_image_size(pixel_values: torch.Tensor, size: tuple[int, int]) -> None:
     """ValueError for images of another height and width than the model's."""
     height, width = pixel_values.shape[-2:]
     if (height, width) != tuple(size):
@@ -141,7 +141,7 @@ class NIMEmbeddings(ViTMAEEmbeddings):
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         height, width = pixel_values.shape[-2:]
         if not interpolate_pos_encoding:
-            check_image_size(pixel_values, self.image_size)
+            require_image_size(pixel_values, self.image_size)
         tokens = self.patch_embeddings(pixel_values)  # (B, N, D)
         grid = (height // self.patch_size, width // self.patch_size)
         positions = resize_position_table(self.position_embeddings, grid)  # (1, 1 + N, D)
@@ -301,7 +301,7 @@ class NIMForPreTraining(NIMPreTrainingMixin, NIMPreTrainedModel):
             raise ValueError(
                 f"interpolate_pos_encoding: the decoder reconstructs {size}x{size} images only, resize the images"
             )
-        check_image_size(pixel_values, (size, size))
+        require_image_size(pixel_values, (size, size))
 
     @property
     def mask_square_size(self) -> int:

@@ -46,6 +46,10 @@ _PRETRAINING_ONLY = (
     "norm_pix_loss",
     "patch_statistics",
     "residual_prediction",
+    "tile_stride",
+    "tile_border",
+    "tile_window",
+    "tile_batch_size",
     "mask_ratio",
     "mask_patch_size",
     "use_mask_token",
@@ -89,6 +93,20 @@ def _check_patch_embedding(config: PreTrainedConfig) -> None:
         )
 
 
+def _check_tiles(config: PreTrainedConfig) -> None:
+    size = config.image_size
+    stride = size // 2 if config.tile_stride is None else config.tile_stride
+    border = size // 4 if config.tile_border is None else config.tile_border
+    # The border at the right is up to stride - 1 pixels wider, and an image of one tile can reflect size - 1 of its own.
+    if stride < 1 or border < 0 or stride + border > size:
+        raise ValueError(
+            f"tile_stride {config.tile_stride} must be above 0, tile_border {config.tile_border} not below 0, and their sum "
+            f"at most image_size {size}"
+        )
+    if config.tile_batch_size < 1:
+        raise ValueError(f"tile_batch_size must be at least 1, got {config.tile_batch_size}")
+
+
 def _with_encoder_in_auto_map(config_dict: dict[str, Any], encoder: str) -> dict[str, Any]:
     """Lets AutoModel find the encoder of a published pre-training model, for its features."""
     auto_map = config_dict.get("auto_map") or {}
@@ -119,6 +137,13 @@ class NIMConfig(ViTMAEConfig):
         residual_prediction (`bool`, *optional*, defaults to `False`):
             Whether the decoder predicts what to add to the noisy image instead of the clean image (Zhang et al. 2017).
             Needs `degradation="noise"` and `norm_pix_loss=False`.
+        tile_stride, tile_border (`int`, *optional*):
+            How `purify` covers images larger than `image_size`: distance between tiles of that size, and width of the
+            reflected border around the image. None is a half and a quarter of `image_size`.
+        tile_window (`"hann"` or `"uniform"`, *optional*, defaults to `"hann"`):
+            Weight of a tile's pixels where tiles overlap.
+        tile_batch_size (`int`, *optional*, defaults to 64):
+            Most tiles that are computed, and with a gradient held in memory, at once.
         image_mean, image_std (`list[float]`, *optional*, defaults to ImageNet's):
             Normalisation of `pixel_values`; sigma needs it to become a scale of normalised pixels.
     """
@@ -132,6 +157,10 @@ class NIMConfig(ViTMAEConfig):
     patch_statistics: Literal["input", "noisy"] = "input"
     patch_embedding: Literal["linear", "convolutional"] = "linear"
     residual_prediction: bool = False
+    tile_stride: int | None = None
+    tile_border: int | None = None
+    tile_window: Literal["hann", "uniform"] = "hann"
+    tile_batch_size: int = 64
     image_mean: list[float] | tuple[float, ...] = (0.485, 0.456, 0.406)
     image_std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
 
@@ -146,6 +175,7 @@ class NIMConfig(ViTMAEConfig):
         if self.degradation == "mask" and not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio must be between 0 and 1, got {self.mask_ratio}")
         _check_patch_embedding(self)
+        _check_tiles(self)
         if self.degradation == "mask" and self.patch_embedding == "convolutional":
             raise ValueError(
                 'patch_embedding="convolutional" has no meaning with degradation="mask": its windows overlap, so that '
@@ -266,6 +296,13 @@ class NIMSimMIMConfig(BeitConfig):
             Share of the image that is masked; the number of masked squares is rounded up.
         mask_patch_size (`int`, *optional*, defaults to 32):
             Side, in pixels, of the squares that are masked whole.
+        tile_stride, tile_border (`int`, *optional*):
+            How `purify` covers images larger than `image_size`: distance between tiles of that size, and width of the
+            reflected border around the image. None is a half and a quarter of `image_size`.
+        tile_window (`"hann"` or `"uniform"`, *optional*, defaults to `"hann"`):
+            Weight of a tile's pixels where tiles overlap.
+        tile_batch_size (`int`, *optional*, defaults to 64):
+            Most tiles that are computed, and with a gradient held in memory, at once.
         image_mean, image_std (`list[float]`, *optional*, defaults to ImageNet's):
             Normalisation of `pixel_values`; sigma needs it to become a scale of normalised pixels.
     """
@@ -279,12 +316,17 @@ class NIMSimMIMConfig(BeitConfig):
     sigma: str | float | int = "gamma(25, 3)"
     mask_ratio: float = 0.6
     mask_patch_size: int = 32
+    tile_stride: int | None = None
+    tile_border: int | None = None
+    tile_window: Literal["hann", "uniform"] = "hann"
+    tile_batch_size: int = 64
     image_mean: list[float] | tuple[float, ...] = (0.485, 0.456, 0.406)
     image_std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self, **kwargs):
         parse_sigma(self.sigma)
         _fix_simmim_fields(self, _SIMMIM_PRETRAINING, kwargs)
+        _check_tiles(self)
         if self.degradation == "mask":
             if self.image_size % self.mask_patch_size or self.mask_patch_size % self.patch_size:
                 raise ValueError(
@@ -347,8 +389,14 @@ class NIMPurifiedConfig(PreTrainedConfig):
             Scale of the defence's noise on 0..255 (sigma_dfs in Eq. 9; the paper's Table 1 uses 30).
         num_votes (`int`, *optional*, defaults to 1):
             Noise draws whose class probabilities are averaged.
+        image_size (`int`, *optional*):
+            Side of the square images that the defense takes and purifies; None is the purifier's. The purifier covers larger
+            images in tiles.
+        image_geometry (`dict`, *optional*):
+            How the classifier's own image processor resizes and crops to `image_size`, in a ViT image processor's words;
+            None is `image_processor_for`'s way.
         classifier_image_size (`int`, *optional*):
-            Side of the square images that the classifier takes; None takes the purifier's images as they are.
+            Side of the square images that the classifier takes; None takes the purified images as they are.
         classifier_image_mean, classifier_image_std (`list[float]`, *optional*):
             Normalisation that the classifier expects; None means the purifier's.
     """
@@ -360,6 +408,8 @@ class NIMPurifiedConfig(PreTrainedConfig):
     classifier_config: dict | PreTrainedConfig | None = None
     sigma: str | float | int = "30"
     num_votes: int = 1
+    image_size: int | None = None
+    image_geometry: dict[str, Any] | None = None
     classifier_image_size: int | None = None
     classifier_image_mean: list[float] | tuple[float, ...] | None = None
     classifier_image_std: list[float] | tuple[float, ...] | None = None
@@ -370,6 +420,13 @@ class NIMPurifiedConfig(PreTrainedConfig):
             raise ValueError(f"num_votes must be at least 1, got {self.num_votes}")
         self.purifier_config = _sub_config(self.purifier_config, NIMConfig)
         self.classifier_config = _sub_config(self.classifier_config, NIMClassifierConfig)
+        smallest = self.purifier_config.image_size
+        self.image_size = smallest if self.image_size is None else self.image_size
+        if self.image_size < smallest:
+            raise ValueError(
+                f"image_size {self.image_size} is below the purifier's {smallest}: the purifier covers larger images in tiles "
+                "but cannot shrink; give it at least its own size"
+            )
         # The labels are the classifier's, so that the pipeline and the Hub see them where they look.
         kwargs["id2label"] = dict(self.classifier_config.id2label)
         kwargs["label2id"] = {name: index for index, name in kwargs["id2label"].items()}
@@ -387,11 +444,6 @@ class NIMPurifiedConfig(PreTrainedConfig):
             config[part].pop("_name_or_path", None)  # a path on the machine that composed the model
         pipeline = {"impl": "pipeline_nim.NIMImageClassificationPipeline", "pt": ["AutoModelForImageClassification"]}
         return config | {"custom_pipelines": {"image-classification": pipeline}}
-
-    @property
-    def image_size(self) -> int:
-        """Side of the images that the model takes: the purifier's."""
-        return self.purifier_config.image_size
 
     @property
     def image_mean(self) -> list[float]:

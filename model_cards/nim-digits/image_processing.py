@@ -2,11 +2,13 @@
 
 import os
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
-from transformers import PreTrainedConfig
+from transformers import AutoImageProcessor, PreTrainedConfig
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 
@@ -55,22 +57,87 @@ def image_processor_for(config: PreTrainedConfig) -> ViTImageProcessorPil:
     """The processor that turns PIL images into the `pixel_values` of a model with this configuration.
 
     From 64 pixels on it is ImageNet's evaluation transform: shortest edge to size * 256 / 224 (bicubic), centre crop.
-    Smaller models see the whole image, resized to a square. Mean and standard deviation are the configuration's.
+    Smaller models see the whole image, resized to a square. Mean and standard deviation are the configuration's. A defense
+    resizes and crops as its classifier's own processor does, where that is known (`image_geometry`).
     """
     size = config.image_size
     crop = size >= 64
+    geometry = getattr(config, "image_geometry", None) or {
+        "size": {"shortest_edge": round(size * 256 / 224)} if crop else {"height": size, "width": size},
+        "resample": BICUBIC,
+        "do_center_crop": crop,
+        "crop_size": {"height": size, "width": size} if crop else None,
+    }
     return ViTImageProcessorPil(
         do_convert_rgb=True,
         do_resize=True,
-        size={"shortest_edge": round(size * 256 / 224)} if crop else {"height": size, "width": size},
-        resample=BICUBIC,
-        do_center_crop=crop,
-        crop_size={"height": size, "width": size} if crop else None,
+        **geometry,
         do_rescale=True,
         do_normalize=True,
         image_mean=list(config.image_mean),
         image_std=list(config.image_std),
     )
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """What a classifier expects of its images: side in pixels, mean and standard deviation of [0, 1] images, and how its
+    processor resizes and crops to that side; None for each that it does not tell."""
+
+    size: int | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    geometry: dict[str, Any] | None = None
+
+
+def image_settings_of(config: PreTrainedConfig) -> ImageSettings:
+    """What a classifier's configuration, and the image processor saved with it, tell of its images.
+
+    The configuration comes first. A processor is asked what it does to a black and to a white picture, so that every factor
+    and offset counts, whatever its fields are called.
+    """
+    size = getattr(config, "image_size", None)
+    if isinstance(size, (list, tuple)):
+        size = size[0] if len(set(size)) == 1 else None
+    mean, std = getattr(config, "image_mean", None), getattr(config, "image_std", None)
+    processor = None
+    if config.name_or_path:
+        with suppress(OSError, ValueError):  # weights without a processor, or one that is remote code
+            processor = AutoImageProcessor.from_pretrained(config.name_or_path)
+    if processor is None:
+        return ImageSettings(size, mean, std)
+    levels = [
+        np.asarray(processor(Image.new("RGB", (640, 480), color), return_tensors="np")["pixel_values"][0], np.float64)
+        for color in ("black", "white")
+    ]  # (3, H, W) each
+    black, white = (level.mean(axis=(1, 2)) for level in levels)
+    if size is None:
+        size = min(levels[0].shape[1:])  # of a processor that does not crop, the shortest edge
+    if mean is None or std is None:
+        # (x - mean) / std at x = 0 and x = 1
+        mean, std = ([round(float(v), 6) for v in values] for values in (-black / (white - black), 1 / (white - black)))
+    return ImageSettings(size, mean, std, _geometry(processor, size))
+
+
+def _geometry(processor: Any, side: int) -> dict[str, Any] | None:
+    """The processor's resizing and cropping in the words of a ViT processor; None where they do not end in that square."""
+    if not getattr(processor, "do_resize", False):
+        return None
+    size, square = processor.size, {"height": side, "width": side}
+    crop, shortest_edge = getattr(processor, "crop_size", None), size.get("shortest_edge")
+    crops = bool(getattr(processor, "do_center_crop", False) and crop)
+    cropped_to = (crop["height"], crop["width"]) if crops else (shortest_edge, shortest_edge)
+    crop_share = getattr(processor, "crop_pct", None)
+    geometry = {"resample": int(processor.resample), "do_center_crop": False, "crop_size": None}
+    if not crops and (size.get("height"), size.get("width")) == (side, side):
+        return geometry | {"size": square}
+    if shortest_edge is None or cropped_to != (side, side):
+        return None
+    if crop_share and shortest_edge >= 384:  # ConvNeXt's processor squeezes large images into the square
+        return geometry | {"size": square}
+    if crop_share:
+        shortest_edge = int(shortest_edge / crop_share)
+    return geometry | {"size": {"shortest_edge": shortest_edge}, "do_center_crop": True, "crop_size": square}
 
 
 class ImageProcessorMixin:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageClassification,
     AutoModelForPreTraining,
     PreTrainedConfig,
@@ -18,8 +17,8 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_nim import NIMPurifiedConfig
-from .image_processing import ImageProcessorMixin
-from .modeling_nim import NIMForImageClassification, NIMForPreTraining, classification_loss
+from .image_processing import ImageProcessorMixin, image_processor_for, image_settings_of
+from .modeling_nim import NIMForImageClassification, NIMForPreTraining, classification_loss, require_image_size
 from .modeling_nim_simmim import NIMSimMIMForImageClassification, NIMSimMIMForPreTraining
 from .noise_nim import Generators, denormalize, generators_per_image, normalize
 from .pipeline_nim import NIMImageClassificationPipeline  # noqa: F401  its file must travel with this one to the Hub
@@ -58,8 +57,9 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, PreTrainedModel):
     r"""
     An image classifier behind a purifier: `y = c(g(f(x + sigma * epsilon)))` (Eq. 9), differentiable from end to end.
 
-    Images come in normalised for the purifier and in its size; between the parts they are resized and normalised for the
-    classifier. The noise is drawn anew in each call, in evaluation mode too.
+    Images come in normalized for the purifier, of the size that the classifier takes or the purifier's, whichever is larger;
+    between the parts they are resized and normalized for the classifier. The noise is drawn anew in each call, in evaluation
+    mode too.
 
     Example:
 
@@ -81,11 +81,21 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    def __init__(self, config: NIMPurifiedConfig):
+    def __init__(
+        self, config: NIMPurifiedConfig, part_classes: tuple[type[PreTrainedModel], type[PreTrainedModel]] | None = None
+    ):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.purifier = _build_part(_PURIFIERS, AutoModelForPreTraining, config.purifier_config)
-        self.classifier = _build_part(_CLASSIFIERS, AutoModelForImageClassification, config.classifier_config)
+        if part_classes is not None:
+            self.purifier, self.classifier = (
+                part(part_config)
+                for part, part_config in zip(
+                    part_classes, (config.purifier_config, config.classifier_config), strict=True
+                )
+            )
+        else:
+            self.purifier = _build_part(_PURIFIERS, AutoModelForPreTraining, config.purifier_config)
+            self.classifier = _build_part(_CLASSIFIERS, AutoModelForImageClassification, config.classifier_config)
         self.post_init()
 
     def _init_weights(self, module: nn.Module):
@@ -98,6 +108,7 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, PreTrainedModel):
         classifier: PreTrainedModel,
         sigma: str | float | int = 30,
         num_votes: int = 1,
+        image_size: int | None = None,
         classifier_image_size: int | None = None,
         classifier_image_mean: Sequence[float] | None = None,
         classifier_image_std: Sequence[float] | None = None,
@@ -110,6 +121,8 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, PreTrainedModel):
             classifier: any image classifier of transformers.
             sigma: scale of the defence's noise on 0..255.
             num_votes: noise draws whose class probabilities are averaged.
+            image_size: side of the images that are purified. None is the classifier's where the purifier is smaller and has to
+                work in tiles, else the purifier's; the purifier's own makes it purify first and enlarge afterwards.
             classifier_image_size, classifier_image_mean, classifier_image_std: what the classifier expects. Each is looked
                 for, when None, in the classifier's configuration and then in the image processor saved beside its weights.
 
@@ -125,9 +138,24 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, PreTrainedModel):
             raise ValueError(
                 f"the purifier gives {channels[0]} channels and the classifier takes {channels[1]}: use parts that agree"
             )
-        found = _image_settings(classifier.config)
-        size = classifier_image_size or found.get("size")
-        mean, std = classifier_image_mean or found.get("mean"), classifier_image_std or found.get("std")
+        found = image_settings_of(classifier.config)
+        size = classifier_image_size or found.size
+        mean, std = classifier_image_mean or found.mean, classifier_image_std or found.std
+        own_size = purifier.config.image_size
+        if size is None and image_size is None:
+            warnings.warn(
+                f"{type(classifier).__name__} does not say which image size it was trained for; it gets the purifier's, "
+                f"{own_size}x{own_size}. Pass classifier_image_size if it was trained with another.",
+                stacklevel=2,
+            )
+        if image_size is None and size is not None and size > own_size:
+            image_size = size
+            warnings.warn(
+                f"the purifier is made for {own_size}x{own_size} images and the classifier for {size}x{size}: images are "
+                f"purified at {size}x{size}, in overlapping tiles. Pass image_size={own_size} to purify at the purifier's "
+                "size and enlarge what comes out.",
+                stacklevel=2,
+            )
         if mean is None or std is None:
             warnings.warn(
                 f"{type(classifier).__name__} does not say how its images are normalised; the purifier's normalisation is "
@@ -141,17 +169,22 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, PreTrainedModel):
             classifier_config=classifier.config,
             sigma=sigma,
             num_votes=num_votes,
+            image_size=image_size,
             classifier_image_size=size,
             classifier_image_mean=None if mean is None else list(mean),
             classifier_image_std=None if std is None else list(std),
         )
+        if found.geometry and found.size == config.image_size:
+            default = image_processor_for(config).to_dict()
+            if any(default.get(name) != value for name, value in found.geometry.items()):
+                config.image_geometry = found.geometry
         model = cls._from_built_parts(config, purifier, classifier)
         return model.train(purifier.training or classifier.training)
 
     @classmethod
     def _from_built_parts(cls, config, purifier, classifier) -> "NIMPurifiedImageClassification":
         with torch.device("meta"):  # the skeleton's own weights are never used
-            model = cls(config)
+            model = cls(config, part_classes=(type(purifier), type(classifier)))
         model.purifier, model.classifier = purifier, classifier
         return model
 
@@ -168,7 +201,8 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, PreTrainedModel):
         An image's votes are drawn one after the other, so that they are those of `forward(..., generator=generators)`.
         """
         votes = self._checked_votes(num_votes)
-        arguments = {"sigma": self._sigma(sigma), "image_size": image_size}
+        arguments = {"sigma": self._sigma(sigma)}
+        arguments["image_size"] = self.config.image_size if image_size is None else image_size
         draws = self.purifier.draw(batch_size * votes, _one_per_vote(generators, batch_size, votes), **arguments)
         return draws if votes == 1 else {name: draw.unflatten(0, (batch_size, votes)) for name, draw in draws.items()}
 
@@ -184,7 +218,7 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, PreTrainedModel):
         The purifier's `purify` at the defence's sigma.
 
         Returns:
-            `(B, 3, H, W)`, in the purifier's size and normalisation, clamped to the range of [0, 1] images.
+            `(B, 3, H, W)`, of the images' size and in the purifier's normalization, clamped to the range of [0, 1] images.
         """
         return self.purifier.purify(
             pixel_values, sigma=self._sigma(sigma), epsilon=epsilon, generator=generator, noise=noise
@@ -205,13 +239,13 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, PreTrainedModel):
 
     def prepare_for_classifier(self, pixel_values: torch.Tensor) -> torch.Tensor:
         r"""
-        Images in the purifier's size and normalisation to the classifier's, and to its precision; differentiable.
+        Images in the purifier's normalization to the classifier's size, normalization and precision; differentiable.
 
         Without purification in between, this is the gray-box attacker's way into `model.classifier`.
         """
         config = self.config
         size, mean, std = config.classifier_image_size, config.classifier_image_mean, config.classifier_image_std
-        if size is not None and size != pixel_values.shape[-1]:
+        if size is not None and (size, size) != tuple(pixel_values.shape[-2:]):
             pixel_values = nn.functional.interpolate(
                 pixel_values, size=(size, size), mode="bicubic", align_corners=False, antialias=True
             )
@@ -235,7 +269,7 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, PreTrainedModel):
     ) -> NIMPurifiedOutput | tuple:
         r"""
         Args:
-            pixel_values: `(B, 3, H, W)`, in the purifier's size and normalisation.
+            pixel_values: `(B, 3, H, W)`, `config.image_size` pixels on each side, in the purifier's normalization.
             labels: `(B,)` class indices; adds the cross-entropy as `loss`.
             sigma: scale of the noise on 0..255, a specification, one per image `(B,)` or one per vote `(B, K)`; None is the
                 configuration's.
@@ -250,9 +284,10 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, PreTrainedModel):
             [`NIMPurifiedOutput`]; with K votes, `logits` `(B, num_labels)` are the log of the mean probabilities.
 
         Raises:
-            ValueError: `num_votes` below 1, or a draw that does not fit the images and votes.
+            ValueError: images of another size, `num_votes` below 1, or a draw that does not fit the images and votes.
         """
         votes = self._checked_votes(num_votes)
+        require_image_size(pixel_values, (self.config.image_size, self.config.image_size))
         batch_size = pixel_values.shape[0]
         if num_votes is None:  # draws for several votes say how many these are
             per_vote = [draw for draw, ndim in ((epsilon, 5), (noise, 3)) if draw is not None and draw.ndim == ndim]
@@ -304,23 +339,3 @@ def _flatten_votes(name: str, draw: torch.Tensor | None, shape: tuple[str, ...],
 
 def _of_first_vote(tensors: tuple[torch.Tensor, ...] | None, votes: int) -> tuple[torch.Tensor, ...] | None:
     return None if tensors is None else tuple(tensor[::votes] for tensor in tensors)
-
-
-def _image_settings(config: PreTrainedConfig) -> dict[str, Any]:
-    """What a classifier says of its images: its own configuration first, then the image processor saved with it."""
-    found = {"size": getattr(config, "image_size", None)}
-    if isinstance(found["size"], (list, tuple)):
-        found["size"] = found["size"][0] if len(set(found["size"])) == 1 else None
-    if getattr(config, "image_mean", None) is not None:
-        return found | {"mean": config.image_mean, "std": config.image_std}
-    if not config.name_or_path:
-        return found
-    try:
-        processor = AutoImageProcessor.from_pretrained(config.name_or_path)
-    except (OSError, ValueError):
-        return found  # weights without a processor; the caller warns
-    crop, size = getattr(processor, "crop_size", None), processor.size
-    side = (crop if crop and getattr(processor, "do_center_crop", False) else size).get("height")
-    if not getattr(processor, "do_normalize", True):
-        return found | {"size": found["size"] or side, "mean": [0.0] * 3, "std": [1.0] * 3}
-    return {"size": found["size"] or side, "mean": processor.image_mean, "std": processor.image_std}

@@ -219,7 +219,7 @@ class NIMSimMIMForPreTraining(NIMPreTrainingMixin, NIMSimMIMPreTrainedModel):
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
             reconstruction=reconstruction,
-            degraded_pixel_values=self.hide(degraded, hidden),
+            degraded_pixel_values=self.hide(degraded, hidden, interpolate_pos_encoding),
         )
 
     def forward_loss(self, pixel_values: torch.Tensor, output: NIMForPreTrainingOutput) -> torch.Tensor:

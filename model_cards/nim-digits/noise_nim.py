@@ -13,6 +13,9 @@ import torch
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
+# Four times the range of levels: of the image nothing is left that a network could use, and 1e9 overflows in float16.
+MAX_SIGMA_255 = 1000
+
 _SPEC = re.compile(r"^\s*(uniform|gamma)\s*\(\s*([^,()]+)\s*,\s*([^,()]+)\s*\)\s*$")
 _SPEC_HELP = 'write a number such as "30", "uniform(low, high)" with 0 <= low < high, or "gamma(shape, scale)"'
 
@@ -35,7 +38,8 @@ def parse_sigma(spec: str | float | int) -> SigmaSpec:
     """Reads a sigma specification: `30`, `"30"`, `"uniform(0, 30)"` or `"gamma(25, 3)"` (shape, scale; section 2.4).
 
     Raises:
-        ValueError: the text is no specification, or a number in it is negative, infinite or out of order.
+        ValueError: the text is no specification, or a number in it is negative, infinite, out of order or so large that
+            sigma is above `MAX_SIGMA_255` (for "gamma", on average).
     """
     if isinstance(spec, SigmaSpec):
         return spec
@@ -52,7 +56,11 @@ def parse_sigma(spec: str | float | int) -> SigmaSpec:
         raise ValueError(f"sigma {spec!r} is an empty range: {_SPEC_HELP}")
     if kind == "gamma" and min(numbers) == 0:
         raise ValueError(f"sigma {spec!r} needs a shape and a scale above 0: {_SPEC_HELP}")
-    return SigmaSpec(kind, *numbers)
+    parsed = SigmaSpec(kind, *numbers)
+    largest = parsed.b if kind == "uniform" else parsed.mean
+    if not largest <= MAX_SIGMA_255:
+        raise ValueError(f"sigma {spec!r} leaves nothing of an image: it is on 0..255, so use at most {MAX_SIGMA_255}")
+    return parsed
 
 
 def _draw_sigma(spec: SigmaSpec, batch_size: int, generator: torch.Generator | None, device) -> torch.Tensor:
