@@ -76,9 +76,10 @@ from modeling_nim.training.settings import (
 class ValidationRecipe:
     """Which split to measure accuracy on every `every_epochs`; the images are prepared as in training, at `defense_sigma`."""
 
+    # which images; validation is the part that data.validation_fraction holds out
     split: Literal["none", "validation", "test"] = "none"
-    every_epochs: Annotated[float, Bounds(above=0, most=1_000_000)] = 1.0
-    batch_size: BatchSize = 64
+    every_epochs: Annotated[float, Bounds(above=0, most=1_000_000)] = 1.0  # how often
+    batch_size: BatchSize = 64  # images per process and step
 
     def __post_init__(self):
         check_fields(self, "validation")
@@ -86,17 +87,20 @@ class ValidationRecipe:
 
 @dataclass
 class FinetuneRecipe:
-    seed: Seed
-    output_dir: str
+    seed: Seed  # of everything that is random in the run
+    output_dir: str  # where model, checkpoints and log go; a run there is continued
     data: DataRecipe
     optimization: OptimizationRecipe
     init: str  # the pre-trained model: a directory or a Hub id
+    # what the classifier learns from: images as they are, or as the defense hands them on (Eq. 10)
     images: Literal["original", "denoised"] = "original"
     sigma: str | float = "uniform(0, 30)"  # of the noise that is denoised in training; the paper's
     purifier: str | None = None  # None: `init` itself, where images are denoised
     # of the composed model and of validation
     defense_sigma: Annotated[float, Bounds(least=0, most=MAX_SIGMA_255)] = 30.0
+    # share of residual branches left out at the last layer; earlier layers get less
     drop_path_rate: Annotated[float, Bounds(least=0, below=1)] = 0.0
+    # share of the target that is spread over all classes
     label_smoothing: Annotated[float, Bounds(least=0, below=1)] = 0.0
     crop: CropRecipe = field(default_factory=CropRecipe)
     augmentation: AugmentationRecipe = field(default_factory=AugmentationRecipe)

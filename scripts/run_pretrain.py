@@ -60,8 +60,8 @@ from modeling_nim.training.settings import (
 
 @dataclass
 class PretrainRecipe:
-    seed: Seed
-    output_dir: str
+    seed: Seed  # of everything that is random in the run
+    output_dir: str  # where model, checkpoints and log go; a run there is continued
     data: DataRecipe
     model: ModelRecipe
     optimization: OptimizationRecipe

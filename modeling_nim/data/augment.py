@@ -28,14 +28,15 @@ ERASE_RATIO = (0.3, 10 / 3)
 
 @dataclass
 class AugmentationRecipe:
-    """The `augmentation` section of fine-tuning; everything is off by default. MAE's values are in the comments."""
+    """The `augmentation` section of fine-tuning; everything is off by default."""
 
-    rand_augment_ops: Annotated[int, Bounds(least=0, most=100)] = 0  # 2: operations drawn per image
-    rand_augment_magnitude: Annotated[float, Bounds(least=0, most=MAX_MAGNITUDE)] = 9.0  # of 10
+    rand_augment_ops: Annotated[int, Bounds(least=0, most=100)] = 0  # operations drawn per image; MAE: 2
+    rand_augment_magnitude: Annotated[float, Bounds(least=0, most=MAX_MAGNITUDE)] = 9.0  # 0 to 10; MAE: 9
+    # of the magnitude from image to image
     rand_augment_std: Annotated[float, Bounds(least=0, most=MAX_MAGNITUDE)] = 0.5
-    erase_probability: Share = 0.0  # 0.25
-    mixup_alpha: Annotated[float, Bounds(least=0, most=1000)] = 0.0  # 0.8
-    cutmix_alpha: Annotated[float, Bounds(least=0, most=1000)] = 0.0  # 1.0
+    erase_probability: Share = 0.0  # of a random rectangle; MAE: 0.25
+    mixup_alpha: Annotated[float, Bounds(least=0, most=1000)] = 0.0  # of mixing two images; MAE: 0.8
+    cutmix_alpha: Annotated[float, Bounds(least=0, most=1000)] = 0.0  # of pasting one into another; MAE: 1.0
     switch_probability: Share = 0.5  # of cutmix where both are on
 
     def __post_init__(self):

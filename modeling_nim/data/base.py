@@ -32,25 +32,27 @@ class DataRecipe:
     split is held out, always the same images for the same `split_seed`, so that choices never touch the test split.
     """
 
-    source: Literal["digits", "parquet", "folder", "webdataset", "hub"] = "digits"
-    path: str | None = None
-    config_name: str | None = None
-    train_split: str = "train"
-    test_split: str = "test"
-    image_column: str = "image"
-    label_column: str = "label"
+    source: Literal["digits", "parquet", "folder", "webdataset", "hub"] = "digits"  # how the images are stored
+    path: str | None = None  # the folder, or the data set's id on the Hub; digits need none
+    config_name: str | None = None  # of a data set on the Hub that has several configurations
+    train_split: str = "train"  # the source's own name of the training split
+    test_split: str = "test"  # the source's own name of the test split
+    image_column: str = "image"  # of parquet and Hub data
+    label_column: str = "label"  # of parquet and Hub data
+    # share of the training split that is held out for choices
     validation_fraction: Annotated[float, Bounds(least=0, below=1)] = 0.0
-    split_seed: Seed = 0
+    split_seed: Seed = 0  # which images are held out
     # hold the decoded images of a small data set in memory, uint8
     cache_in_memory: bool = False
     # read training data front to back through a shuffle buffer instead of at random, for disks smaller than the data; a
     # resumed run reads its epoch again up to where it was, with the same number of processes and workers
     streaming: bool = False
+    # images among which a stream draws the next one
     shuffle_buffer: Annotated[int, Bounds(least=1, most=10_000_000)] = 10_000
     # images in the training split, for a stream that does not know
     num_images: Count | None = None
-    on_bad_image: Literal["raise", "skip"] = "raise"
-    num_workers: Annotated[int, Bounds(least=0, most=1024)] = 0
+    on_bad_image: Literal["raise", "skip"] = "raise"  # what happens to a file that is no image
+    num_workers: Annotated[int, Bounds(least=0, most=1024)] = 0  # processes that load images, per training process
 
     def __post_init__(self):
         check_fields(self, "data")

@@ -42,11 +42,13 @@ class CropRecipe:
     - `crop: none`: the largest centred square.
     """
 
+    # random_resized, padded, native or none: see the docstring of CropRecipe
     crop: Literal["random_resized", "padded", "native", "none"] = "random_resized"
-    min_scale: Annotated[float, Bounds(above=0, most=1)] = 0.2
+    min_scale: Annotated[float, Bounds(above=0, most=1)] = 0.2  # of random_resized: smallest share of the image's area
+    # of native: the image is first resized to this shorter side
     shorter_side: Annotated[int, Bounds(least=1, most=65_536)] = 256
-    padding: Annotated[int, Bounds(least=0)] = 4
-    flip: bool = True
+    padding: Annotated[int, Bounds(least=0)] = 4  # of padded: black pixels around the image
+    flip: bool = True  # mirror half of the images, at random
 
     def __post_init__(self):
         check_fields(self, "crop")

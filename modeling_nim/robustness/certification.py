@@ -22,16 +22,17 @@ from .targets import PurifiedTarget, Target
 class CertifyRecipe:
     """The recipe of `scripts/run_certify.py`: `num_selection_draws` (n0) choose the class, `num_draws` (n) bound it."""
 
-    output_dir: str
+    output_dir: str  # where certificates and table go; a run there is continued
     models: list[EvaluatedModelRecipe]
     data: DataRecipe = field(default_factory=DataRecipe)
-    split: Literal["test", "validation", "train"] = "test"
-    seed: int = 0
-    num_images: int | None = None
-    num_selection_draws: int = 100
-    num_draws: int = 10_000
-    alpha: float = 0.001
-    micro_batch: int = 256
+    split: Literal["test", "validation", "train"] = "test"  # of the data that is certified on
+    seed: int = 0  # of the noise
+    num_images: int | None = None  # null: all
+    num_selection_draws: int = 100  # n0 of Cohen et al.: they choose the class
+    num_draws: int = 10_000  # n: they bound its probability
+    alpha: float = 0.001  # probability that a certificate is wrong
+    micro_batch: int = 256  # most rows of one forward pass: memory
+    # L2 radii of the table, in [0, 1] pixels
     radii: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.25, 0.5, 0.75, 1.0])
 
     def __post_init__(self):

@@ -43,23 +43,23 @@ class AttackRecipe:
     """
 
     attack: str
-    name: str | None = None
+    name: str | None = None  # null: made of the settings that set attacks apart
     threat_models: list[ThreatModel] = field(default_factory=list)
     epsilon_255: list[float] = field(default_factory=lambda: [2.0])
-    norm: Literal["linf", "l2"] = "linf"
-    steps: int = 10
+    norm: Literal["linf", "l2"] = "linf"  # which norm epsilon_255 bounds
+    steps: int = 10  # gradient steps
     alpha_255: float | None = None
-    alpha_ratio: float = 0.25
+    alpha_ratio: float = 0.25  # step over epsilon, where alpha_255 is null
     eot_samples: int = 1
-    restarts: int = 1
-    random_start: bool = True
-    targeted: bool = False
+    restarts: int = 1  # the worst of so many runs is kept
+    random_start: bool = True  # begin at a random place of the ball
+    targeted: bool = False  # towards the likeliest wrong class
     loss: str = "ce"
-    queries: int = 1000
-    patch_size: int | None = None
+    queries: int = 1000  # Square's budget of answers per image
+    patch_size: int | None = None  # of patch_mean; null: the purifier's
     source: str | None = None
-    torchattacks_class: str | None = None
-    arguments: dict[str, Any] = field(default_factory=dict)
+    torchattacks_class: str | None = None  # by name, with arguments that it knows
+    arguments: dict[str, Any] = field(default_factory=dict)  # of torchattacks_class or of your own function
     models: list[str] | None = None
     sigmas: list[float | str] | None = None
     num_images: int | None = None
@@ -223,13 +223,14 @@ class EvaluatedModelRecipe:
     `without_purifier` evaluates the classifier inside a purified model alone.
     """
 
-    name: str
-    path: str | None = None
-    purifier: str | None = None
-    classifier: str | None = None
+    name: str  # what tables call it
+    path: str | None = None  # a purified model or any image classifier: directory or Hub id
+    purifier: str | None = None  # instead of path: one of its two parts
+    classifier: str | None = None  # instead of path: the other part
+    # of the defense: a number, a specification, or a list; null: the model's own
     sigma: float | str | list[float | str] | None = None
-    num_votes: int | None = None
-    without_purifier: bool = False
+    num_votes: int | None = None  # draws averaged for one answer; null: the model's own
+    without_purifier: bool = False  # the classifier inside a purified model alone
 
     def sigmas(self) -> list[float | str | None]:
         sigmas = self.sigma if isinstance(self.sigma, list) else [self.sigma]
@@ -243,20 +244,20 @@ class EvaluatedModelRecipe:
 class PicturesRecipe:
     """Which images `reports/figures.py` can show: the attack `attack` (a label) at `epsilon_255` on the first images."""
 
-    num_images: int = 6
-    attack: str = "pgd-10"
-    epsilon_255: float = 8.0
-    models: list[str] | None = None
-    sigmas: list[float | str] | None = None
+    num_images: int = 6  # the first images
+    attack: str = "pgd-10"  # its label
+    epsilon_255: float = 8.0  # on 0..255
+    models: list[str] | None = None  # null: all
+    sigmas: list[float | str] | None = None  # of defended models; null: all
 
 
 @dataclass
 class ReconstructionRecipe:
     """The pre-training loss of `purifiers` (name: path) against sigma (Figures 3 and 6), on the first `num_images` images."""
 
-    purifiers: dict[str, str]
-    sigmas_255: list[float]
-    num_images: int = 64
+    purifiers: dict[str, str]  # directories by name
+    sigmas_255: list[float]  # the noise that is undone
+    num_images: int = 64  # the first images
 
 
 @dataclass
@@ -268,18 +269,18 @@ class AttackRunRecipe:
     `micro_batch` bounds memory: no forward pass has more rows (images x draws x votes).
     """
 
-    output_dir: str
+    output_dir: str  # where records and summary go; a run there is continued
     models: list[EvaluatedModelRecipe] = field(default_factory=list)
     data: DataRecipe = field(default_factory=DataRecipe)
-    split: Literal["test", "validation", "train"] = "test"
-    protocol: Literal["smoke", "paper", "neurips", "standard"] | None = None
+    split: Literal["test", "validation", "train"] = "test"  # of the data that is attacked
+    protocol: Literal["smoke", "paper", "neurips", "standard"] | None = None  # gives attacks, images, seeds and draws
     attacks: list[AttackRecipe] = field(default_factory=list)
-    epsilon_255: list[float] | None = None
-    num_images: int | None = None
-    seeds: list[int] | None = None
-    num_draws: int | None = None
-    batch_size: int = 64
-    micro_batch: int = 256
+    epsilon_255: list[float] | None = None  # instead of the protocol's main budgets
+    num_images: int | None = None  # instead of the protocol's; null: all
+    seeds: list[int] | None = None  # instead of the protocol's
+    num_draws: int | None = None  # noise draws that score an image, instead of the protocol's
+    batch_size: int = 64  # images attacked at a time
+    micro_batch: int = 256  # most rows of one forward pass (images x draws x votes): memory
     pictures: PicturesRecipe | None = None
     reconstruction: ReconstructionRecipe | None = None
 

@@ -27,13 +27,17 @@ class AdversaryRecipe:
     - `reconstruction_weight` times the mean squared error between purified and clean image, both normalised, is added.
     """
 
+    # fgsm is one step from a random start, pgd are `steps` of them; none trains on clean images
     attack: Literal["none", "fgsm", "pgd"] = "none"
-    epsilon_255: Annotated[float, Bounds(least=0, most=255)] = 8.0
-    steps: Count = 3
+    epsilon_255: Annotated[float, Bounds(least=0, most=255)] = 8.0  # L-infinity, on 0..255
+    steps: Count = 3  # of pgd
+    # step over epsilon; null: 1 for fgsm, 2.5 / steps for pgd
     alpha_ratio: Annotated[float, Bounds(above=0)] | None = None
-    warmup_epochs: Annotated[float, Bounds(least=0)] = 0.0
+    warmup_epochs: Annotated[float, Bounds(least=0)] = 0.0  # the budget grows over these
     trains: Literal["classifier", "purifier", "both"] = "classifier"
+    # what is learned: labels, or what the classifier says of the clean image
     targets: Literal["labels", "clean_answer"] = "labels"
+    # of the squared error between purified and clean image
     reconstruction_weight: Annotated[float, Bounds(least=0)] = 0.0
 
     def __post_init__(self):

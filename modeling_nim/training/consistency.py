@@ -17,9 +17,10 @@ class ConsistencyRecipe:
     or the one with the smallest loss where none is; its divergence counts where all are right.
     """
 
-    num_draws: int = 1
-    weight: float = 0.0
-    entropy_weight: float = 0.0
+    num_draws: int = 1  # of the noise, for each image of a batch
+    weight: float = 0.0  # of the draws' divergence from their mean prediction
+    entropy_weight: float = 0.0  # of the mean prediction's entropy
+    # right: the cross-entropy counts the draws that are right, or else the best one
     selection: Literal["all", "right"] = "all"
 
     def __post_init__(self):

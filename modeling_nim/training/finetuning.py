@@ -24,7 +24,7 @@ class FeatureLossRecipe:
     share of the clean one's square (the stability of Salman et al. 2020, on features).
     """
 
-    weight: float = 0.0
+    weight: float = 0.0  # of the squared error of the classifier's features, purified against clean
 
     def __post_init__(self):
         if self.weight < 0:

@@ -53,9 +53,10 @@ PURIFIERS = {
 class ModelRecipe:
     """The `model` section: an architecture, one of `MODEL_SIZES` or none, and fields of its configuration over that."""
 
+    # noise (nim_*) or masks, on the encoder of MAE or of SimMIM
     architecture: Literal["nim_mae", "mae", "nim_simmim", "simmim"] = "nim_mae"
-    size: Literal["tiny", "small", "base", "large", "huge"] | None = None
-    config: dict[str, Any] = field(default_factory=dict)
+    size: Literal["tiny", "small", "base", "large", "huge"] | None = None  # a preset of MODEL_SIZES
+    config: dict[str, Any] = field(default_factory=dict)  # fields of NIMConfig or NIMSimMIMConfig, over the preset
 
 
 def make_config(recipe: ModelRecipe) -> PreTrainedConfig:

@@ -36,24 +36,28 @@ class OptimizationRecipe:
     AdamW's, and the rest to AdamW. On a small purifier it needed a third of the steps (`scripts/recipes/photos`).
     """
 
-    batch_size: BatchSize
-    base_learning_rate: Annotated[float, Bounds(above=0)]
-    base_batch_size: BatchSize = 256
-    epochs: Annotated[float, Bounds(above=0, most=1_000_000)] | None = None
-    steps: Count | None = None
-    warmup_epochs: Annotated[float, Bounds(least=0)] | None = None
-    warmup_steps: Annotated[int, Bounds(least=0)] | None = None
-    schedule: Literal["cosine", "multistep"] = "cosine"
-    min_learning_rate: Annotated[float, Bounds(least=0)] = 0.0
+    batch_size: BatchSize  # images per step, over all processes and accumulated micro-batches
+    base_learning_rate: Annotated[float, Bounds(above=0)]  # times global batch / base_batch_size is the peak
+    base_batch_size: BatchSize = 256  # see base_learning_rate
+    epochs: Annotated[float, Bounds(above=0, most=1_000_000)] | None = None  # length of the run; give this or steps
+    steps: Count | None = None  # length of the run; give this or epochs
+    warmup_epochs: Annotated[float, Bounds(least=0)] | None = None  # length of the linear warm-up
+    warmup_steps: Annotated[int, Bounds(least=0)] | None = None  # length of the linear warm-up
+    schedule: Literal["cosine", "multistep"] = "cosine"  # how the learning rate falls after the warm-up
+    min_learning_rate: Annotated[float, Bounds(least=0)] = 0.0  # where cosine ends
+    # of multistep: when the rate falls
     decay_epochs: list[Annotated[float, Bounds(above=0)]] = field(default_factory=list)
-    decay_factor: Annotated[float, Bounds(above=0, most=1)] = 0.1
+    decay_factor: Annotated[float, Bounds(above=0, most=1)] = 0.1  # of multistep: by how much
+    # instead of batch_size: the global batch follows from the machines, the learning rate with it
     per_device_batch_size: BatchSize | None = None
-    gradient_accumulation_steps: BatchSize = 1
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    weight_decay: Annotated[float, Bounds(least=0, most=10)] = 0.05
-    betas: list[Annotated[float, Bounds(least=0, below=1)]] = field(default_factory=lambda: [0.9, 0.95])
+    gradient_accumulation_steps: BatchSize = 1  # micro-batches per step
+    optimizer: Literal["adamw", "muon"] = "adamw"  # adamw for all weights, or muon for the matrices of the layers
+    weight_decay: Annotated[float, Bounds(least=0, most=10)] = 0.05  # of matrices; biases and norms have none
+    betas: list[Annotated[float, Bounds(least=0, below=1)]] = field(default_factory=lambda: [0.9, 0.95])  # of Adam
+    # factor on the learning rate from each layer to the one below it
     layer_decay: Annotated[float, Bounds(above=0, most=1)] = 1.0
-    max_grad_norm: Annotated[float, Bounds(above=0)] | None = None
+    max_grad_norm: Annotated[float, Bounds(above=0)] | None = None  # gradients are scaled down to this norm
+    # keep a moving average of the weights, and save that
     ema_decay: Annotated[float, Bounds(above=0, below=1)] | None = None
 
     def __post_init__(self):

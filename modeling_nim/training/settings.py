@@ -22,10 +22,10 @@ class ExecutionRecipe:
     `attn_implementation` None is transformers' choice, SDPA; "eager" trains small models twice as fast in bf16 on a CPU.
     """
 
-    mixed_precision: Literal["no", "bf16"] = "no"
-    compile: bool = False
-    gradient_checkpointing: bool = False
-    attn_implementation: Literal["eager", "sdpa"] | None = None
+    mixed_precision: Literal["no", "bf16"] = "no"  # bf16 computes in bfloat16; weights stay in float32
+    compile: bool = False  # torch.compile
+    gradient_checkpointing: bool = False  # compute activations again on the way back: less memory, more time
+    attn_implementation: Literal["eager", "sdpa"] | None = None  # null: transformers' choice, SDPA
 
 
 @dataclass
@@ -36,8 +36,9 @@ class CheckpointRecipe:
     `on_changed_recipe` is "continue".
     """
 
-    every_steps: Count = 1000
-    keep: Count = 2
+    every_steps: Count = 1000  # how often
+    keep: Count = 2  # how many stay
+    # whether a run goes on from a checkpoint of another recipe
     on_changed_recipe: Literal["raise", "continue"] = "raise"
 
     def __post_init__(self):
@@ -53,9 +54,10 @@ class LoggingRecipe:
     SIGKILL (torchrun: 30 s).
     """
 
-    every_steps: Count = 10
+    every_steps: Count = 10  # how often log.jsonl gets a line
+    # who is told besides log.jsonl
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = field(default_factory=list)
-    project: str = "modeling-nim"
+    project: str = "modeling-nim"  # the run's project in the trackers
 
     def __post_init__(self):
         check_fields(self, "logging")

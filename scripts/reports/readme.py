@@ -29,6 +29,7 @@ import jinja2
 
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.files import write_text
+from modeling_nim.runs.help import RecipeKey, recipe_keys
 from reports.tables import environment
 
 
@@ -36,10 +37,35 @@ ROOT = Path(__file__).resolve().parents[2]
 MARKED = re.compile(r"(<!-- results:(?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
+RECIPES = {
+    "run_pretrain": "PretrainRecipe",
+    "run_finetune": "FinetuneRecipe",
+    "run_attack": "AttackRunRecipe",
+    "run_certify": "CertifyRecipe",
+}
+
+
+def recipe_sections() -> list[tuple[str, list[RecipeKey]]]:
+    """Every key of every recipe, by section; a section that several scripts have stands once."""
+    sections: dict[str, list[RecipeKey]] = {}
+    for script, schema in RECIPES.items():
+        found: dict[str, list[RecipeKey]] = {}
+        for key in recipe_keys(ROOT / "scripts" / f"{script}.py", schema):
+            section = key.name.rpartition(".")[0]
+            found.setdefault(f"`{section}`" if section else f"`scripts/{script}.py`", []).append(key)
+        for title, keys in found.items():
+            if sections.setdefault(title, keys) != keys:
+                raise ValueError(
+                    f"section {title} of {script}.py has other keys than the section of that name before it"
+                )
+    return list(sections.items())
+
+
 @cache
 def templates(results: Path) -> jinja2.Environment:
     """The templates, which know the content of `results` by folder and file."""
     known = environment(Path(__file__).parent / "templates")
+    known.globals["recipe_sections"] = recipe_sections
     for folder in (path for path in results.iterdir() if path.is_dir()):
         files = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
         known.globals[folder.name.replace("-", "_")] = files

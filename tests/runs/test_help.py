@@ -51,6 +51,7 @@ def test_help_of_a_recipe_needs_no_imports_and_names_every_key(script, schema):
     assert after.ru_utime - before.ru_utime < 1
     for key in recipe_keys(ROOT / "scripts" / f"{script}.py", schema):
         assert f"  {key.name}: {key.type} (" in run.stdout
+        assert key.meaning, f"{key.name} has no meaning: write it as a comment on its line"
 
 
 @pytest.mark.parametrize("script", ["export", "push_to_hub", "releases"])
