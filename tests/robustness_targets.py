@@ -14,7 +14,7 @@ class LuckyTarget(Target):
 
     name, sigma, is_random = "lucky", "1", True
 
-    def draw(self, seeds):
+    def draw(self, seeds, image_shape=SHAPE):
         uniform = [torch.rand((), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return {"right": torch.stack(uniform) < 0.9}
 
@@ -67,7 +67,7 @@ class NoisyTarget(Target):
         self.first = 0.3 * torch.randn(192, 16, generator=generator, dtype=torch.double)
         self.last = torch.randn(16, num_classes, generator=generator, dtype=torch.double)
 
-    def draw(self, seeds):
+    def draw(self, seeds, image_shape=SHAPE):
         draws = [
             torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed), dtype=torch.double) for seed in seeds
         ]
@@ -86,7 +86,7 @@ class QuietTarget(NoisyTarget):
 
     name, sigma, is_random = "quiet", None, False
 
-    def draw(self, seeds):
+    def draw(self, seeds, image_shape=SHAPE):
         return {}
 
 

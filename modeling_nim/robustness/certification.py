@@ -4,18 +4,27 @@ The smoothing noise is the defence's own noise, so it is added once. The certifi
 noise, at L2 radii in [0, 1] pixel units, with probability 1 - alpha per image.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from accelerate import Accelerator
 
 from ..data import DataRecipe
 from ..noise_nim import normalize, parse_sigma
+from ..runs.files import write_json
+from .checks import inspect_target
+from .cost import measure_speed
 from .draws import CERTIFY, distinct_seeds, stream_seed
+from .images import SourceImages, TensorImages
+from .loading import check_classes, model_hash
 from .recipes import EvaluatedModelRecipe
+from .record_file import RecordFile, Unit, plan_units, run_settings
+from .records import Certificate, model_key
 from .statistics import accuracy_interval, certified_radius
-from .targets import PurifiedTarget, Target
+from .targets import PurifiedTarget, SmoothedTarget, Target
 
 
 @dataclass
@@ -49,6 +58,10 @@ def check_certifiable(target: Target, images_01: torch.Tensor) -> float:
     Besides the configuration, the model itself is asked: a shift of the image that the noise takes back must change
     nothing, for the answer must depend on the noisy image alone.
     """
+    if isinstance(target, SmoothedTarget):
+        if target.base.is_random or not inspect_target(target.base, images_01)["repeatable"]:
+            raise ValueError(f"{target.name} is random on its own: a certificate needs all of the noise to be known")
+        return target.sigma_255  # what it sees is the noisy image alone, by construction
     if not isinstance(target, PurifiedTarget) or target.without_purifier:
         raise ValueError(f"{target.name} has no noise to certify with; certify a purified model")
     if target.masks:
@@ -75,7 +88,7 @@ def check_certifiable(target: Target, images_01: torch.Tensor) -> float:
 @torch.no_grad()
 def _sees_the_noisy_image_alone(target: PurifiedTarget, images_01: torch.Tensor, sigma_255: float) -> bool:
     seeds = [stream_seed(0, "probe", "certify", row) for row in range(len(images_01))]
-    epsilon = target.draw(seeds)["epsilon"]
+    epsilon = target.draw(seeds, images_01.shape[1:])["epsilon"]
     shift = 0.1 * torch.rand(images_01.shape, generator=torch.Generator().manual_seed(0)).to(images_01.device)
     pixel_values = [normalize(batch, target.image_mean, target.image_std) for batch in (images_01, images_01 + shift)]
     first = target.model(pixel_values[0], sigma=sigma_255, epsilon=epsilon, num_votes=1).logits
@@ -97,7 +110,7 @@ def count_votes(
     for start in range(0, len(draws), micro_batch):
         seeds = distinct_seeds(seed, image_id, CERTIFY, draws[start : start + micro_batch])
         rows = image_01.expand(len(seeds), *image_01.shape)
-        logits = target.logits(rows, target.draw(seeds))
+        logits = target.logits(rows, target.draw(seeds, image_01.shape))
         piece = logits.argmax(dim=-1).bincount(minlength=logits.shape[-1])
         counts = piece if counts is None else counts + piece
     return counts
@@ -105,8 +118,8 @@ def count_votes(
 
 def certify_image(
     target: Target, sigma_255: float, image_01: torch.Tensor, label: int, image_id: str, recipe: CertifyRecipe
-) -> dict[str, Any]:
-    """The record of one image; `prediction` is None and `radius` 0.0 where it abstains (Algorithm 2, CERTIFY)."""
+) -> Certificate:
+    """The certificate of one image; `prediction` is None and `radius` 0.0 where it abstains (Algorithm 2, CERTIFY)."""
     num_selection = recipe.num_selection_draws
     # draws of their own for the class and for its bound: one that saw the other would bound too high
     draws = range(num_selection), range(num_selection, num_selection + recipe.num_draws)
@@ -116,28 +129,27 @@ def certify_image(
     top = int(selection.argmax())
     count = int(estimation[top])
     radius = certified_radius(count, recipe.num_draws, sigma_255, recipe.alpha)
-    return {
-        "model": target.name,
-        "sigma_255": sigma_255,
-        "image_id": image_id,
-        "label": label,
-        "top_class": top,
-        "count": count,
-        "num_draws": recipe.num_draws,
-        "alpha": recipe.alpha,
-        "prediction": top if radius > 0 else None,
-        "radius": radius,
-    }
+    return Certificate(
+        model=target.name,
+        sigma_255=sigma_255,
+        image_id=image_id,
+        label=label,
+        top_class=top,
+        count=count,
+        num_draws=recipe.num_draws,
+        alpha=recipe.alpha,
+        prediction=top if radius > 0 else None,
+        radius=radius,
+    )
 
 
-def certified_rows(records: Sequence[dict[str, Any]], radii: Sequence[float]) -> list[dict[str, Any]]:
+def certified_rows(certificates: Sequence[Certificate], radii: Sequence[float]) -> list[dict[str, Any]]:
     """Certified accuracy in percent per model, sigma and L2 radius; an abstention is a mistake."""
     rows = []
-    groups = dict.fromkeys((record["model"], record["sigma_255"]) for record in records)
-    for model, sigma in groups:
-        members = [record for record in records if (record["model"], record["sigma_255"]) == (model, sigma)]
+    for model, sigma in dict.fromkeys((item.model, item.sigma_255) for item in certificates):
+        members = [item for item in certificates if (item.model, item.sigma_255) == (model, sigma)]
         for radius in radii:
-            correct = [float(r["prediction"] == r["label"] and r["radius"] >= radius) for r in members]
+            correct = [float(item.prediction == item.label and item.radius >= radius) for item in members]
             rows.append(
                 {
                     "model": model,
@@ -145,8 +157,54 @@ def certified_rows(records: Sequence[dict[str, Any]], radii: Sequence[float]) ->
                     "radius_l2": radius,
                     "certified_accuracy": round(100 * sum(correct) / len(correct), 4),
                     "ci95": [round(bound, 4) for bound in accuracy_interval(correct)],
-                    "abstained": round(100 * sum(r["prediction"] is None for r in members) / len(members), 4),
+                    "abstained": round(100 * sum(item.prediction is None for item in members) / len(members), 4),
                     "num_images": len(members),
                 }
             )
     return rows
+
+
+class CertificationRun:
+    """Targets and images to be certified; making one refuses what cannot be, and writes nothing."""
+
+    def __init__(self, targets: Sequence[Target], images: SourceImages | TensorImages, recipe: CertifyRecipe):
+        check_classes(targets, images)
+        self.targets, self.images, self.recipe = list(targets), images, recipe
+        self.num_images = min(len(images), recipe.num_images or len(images))
+        self.sigmas, self.models, self.seconds_per_image = [], {}, 0.0
+        for index, target in enumerate(self.targets):
+            images_01 = images.batch(index, range(min(4, len(images))))[0]
+            self.sigmas.append(check_certifiable(target, images_01))
+            self.models[model_key(target.name, target.sigma)] = model_hash(target.weights)
+            draws = recipe.num_selection_draws + recipe.num_draws
+            self.seconds_per_image += draws * measure_speed(target, images_01, recipe.micro_batch)["full_forward"]
+
+    def open(self, accelerator: Accelerator) -> RecordFile:
+        """The certificates in `recipe.output_dir`, with those of a run that was stopped."""
+        settings = run_settings(self.recipe, accelerator.device, models=self.models, data=self.images.fingerprint)
+        settings["recipe"].pop("radii")  # the table's alone: another one can be made of the same certificates
+        units = plan_units([self.num_images] * len(self.targets), batch_size=1)
+        return RecordFile(
+            self.recipe.output_dir, settings, units, accelerator, self._identities, Certificate, name="certificates"
+        )
+
+    def _identities(self, unit: Unit) -> list[tuple]:
+        names = self.images.image_ids(range(unit.start, unit.stop))
+        return [(self.targets[unit.job].name, self.sigmas[unit.job], name) for name in names]
+
+    def rounds(self, certificates: RecordFile) -> Iterator[list[Certificate]]:
+        """Certifies image by image; gives what all processes wrote."""
+        for unit in certificates.rounds():
+            start, lines = time.perf_counter(), []
+            if unit is not None:
+                images_01, labels, image_ids = self.images.batch(unit.job, range(unit.start, unit.stop))
+                target, sigma = self.targets[unit.job], self.sigmas[unit.job]
+                lines = [certify_image(target, sigma, images_01[0], int(labels[0]), image_ids[0], self.recipe)]
+            yield certificates.append(unit, lines, time.perf_counter() - start)
+
+    def rows(self, certificates: RecordFile) -> list[dict[str, Any]]:
+        """Certified accuracy per radius, written to `certified.json` beside them; for the main process alone."""
+        rows = certified_rows(certificates.read_here(), self.recipe.radii)
+        provenance = certificates.settings | {"records_sha256": certificates.sha256}
+        write_json(certificates.directory / "certified.json", {"rows": rows, "provenance": provenance})
+        return rows

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from .draws import EVALUATE, SELECT
 from .jobs import Job
 from .oracle import Oracle, RowLoss, choose_worst, decide, rows_per_pass, target_forward, without_draws
+from .records import Record, sigma_value
 from .targets import Target
 
 
@@ -118,7 +118,7 @@ def score_batch(
     clean_predictions: dict[str, list[int]],
     num_draws: int,
     micro_batch: int,
-) -> list[dict[str, Any]]:
+) -> list[Record]:
     """One record per image: predictions on the evaluation draws, and the perturbation measured on what was scored.
 
     `clean_predictions` are those of the control with the same seed, on the same draws; images that are not among them are
@@ -135,29 +135,27 @@ def score_batch(
         clean_predictions = dict(zip(image_ids, clean.argmax(dim=-1).tolist(), strict=True))
     losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(draws), reduction="none").view(-1, draws)
     perturbation = (adversarial_01.double() - images_01.double()).flatten(1) * 255
-    records = []
-    for index, image_id in enumerate(image_ids):
-        own = predictions[index].tolist()
-        records.append(
-            {
-                "model": target.name,
-                "sigma": target.sigma,
-                "attack": job.label,
-                "threat_model": job.threat_model,
-                "epsilon_255": job.epsilon_255,
-                "seed": job.seed,
-                "image_id": image_id,
-                "label": int(labels[index]),
-                "clean_predictions": own if job.attack is None else clean_predictions[image_id][:draws],
-                "predictions": own,
-                "linf_255": float(perturbation[index].abs().max()),
-                "l2_255": float(perturbation[index].norm()),
-                "pixel_min": float(adversarial_01[index].min()),
-                "pixel_max": float(adversarial_01[index].max()),
-                "loss": float(losses[index].mean()),
-                "queries": attacked.queries[index],
-                "zero_gradients": attacked.zero_gradients[index],
-                "skipped": attacked.skipped[index],
-            }
+    return [
+        Record(
+            model=target.name,
+            sigma=sigma_value(target.sigma),
+            attack=job.kind,
+            name=job.label,
+            threat_model=job.threat_model,
+            epsilon_255=job.epsilon_255,
+            seed=job.seed,
+            image_id=image_id,
+            label=int(labels[index]),
+            clean_predictions=own if job.attack is None else clean_predictions[image_id][:draws],
+            predictions=own,
+            linf_255=float(perturbation[index].abs().max()),
+            l2_255=float(perturbation[index].norm()),
+            pixel_min=float(adversarial_01[index].min()),
+            pixel_max=float(adversarial_01[index].max()),
+            loss=float(losses[index].mean()),
+            queries=attacked.queries[index],
+            zero_gradients=attacked.zero_gradients[index],
+            skipped=attacked.skipped[index],
         )
-    return records
+        for index, (image_id, own) in enumerate(zip(image_ids, predictions.tolist(), strict=True))
+    ]

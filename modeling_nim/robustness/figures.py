@@ -9,8 +9,9 @@ import torch
 from matplotlib.figure import Figure
 
 from ..noise_nim import parse_sigma
+from .records import Certificate, Record
+from .scores import scores
 from .statistics import accuracy_interval, certified_radius
-from .summary import scores
 
 
 Entry = dict[str, Any]
@@ -24,37 +25,35 @@ THREAT_NAMES = {
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 
 
-def accuracy_against_sigma(records: Sequence[Entry]) -> Figure:
+def accuracy_against_sigma(records: Sequence[Record]) -> Figure:
     """Figure 7: clean and robust accuracy of one defence against its sigma, with 95% intervals.
 
-    Takes the lines of `records.jsonl`: of the model with the most sigmas, the attack and budget made at the most of them,
+    Takes `records.read_records`: of the model with the most sigmas, the attack and budget made at the most of them,
     on the images that all of these met, so that the points of a curve can be compared. Undefended models are horizontal
     lines.
     """
-    groups: dict[tuple, list[Entry]] = defaultdict(list)
+    groups: dict[tuple, list[Record]] = defaultdict(list)
     for record in records:
-        groups[
-            record["model"], record["sigma"], record["attack"], record["epsilon_255"], record["threat_model"]
-        ].append(record)
+        groups[record.model, record.sigma, record.name, record.epsilon_255, record.threat_model].append(record)
     sigmas: dict[str, set[float]] = defaultdict(set)
     for model, sigma, *_ in groups:
-        if _is_number(sigma):
-            sigmas[model].add(float(sigma))
+        if isinstance(sigma, float):
+            sigmas[model].add(sigma)
     model = max(sigmas, key=lambda name: len(sigmas[name]), default=None)
     if model is None or len(sigmas[model]) < 2:
         raise ValueError("accuracy against sigma needs records of one model at two sigmas or more")
     sweeps: dict[tuple, int] = defaultdict(int)
     for name, sigma, attack, epsilon, _ in groups:
-        sweeps[attack, epsilon] += name == model and _is_number(sigma) and attack != "none"
+        sweeps[attack, epsilon] += name == model and isinstance(sigma, float) and attack != "none"
     if not max(sweeps.values()):
         raise ValueError("accuracy against sigma needs records of an attack")
     attack, epsilon = max(sweeps, key=sweeps.get)
     shown = {key: members for key, members in groups.items() if key[2:4] in ((attack, epsilon), ("none", 0.0))}
-    own = [key for key in shown if key[0] == model and _is_number(key[1])]
-    common = set.intersection(*({record["image_id"] for record in shown[key]} for key in own))
+    own = [key for key in shown if key[0] == model and isinstance(key[1], float)]
+    common = set.intersection(*({record.image_id for record in shown[key]} for key in own))
 
     def point(key: tuple) -> tuple[float, tuple[float, float]] | None:
-        values = scores([record for record in shown[key] if record["image_id"] in common], "predictions")["mean"]
+        values = scores([record for record in shown[key] if record.image_id in common])["mean"]
         return (100 * sum(values) / len(values), accuracy_interval(values)) if values else None
 
     figure = Figure(figsize=(9.5, 4.6), layout="constrained")
@@ -62,11 +61,11 @@ def accuracy_against_sigma(records: Sequence[Entry]) -> Figure:
     curves = [("no attack", "clean"), *((name, threat) for threat, name in THREAT_NAMES.items())]
     undefended = list(dict.fromkeys(key[0] for key in shown if key[1] is None))
     for (name, threat), colour in zip(curves, ("#000000", *COLOURS), strict=False):
-        keys = sorted((key for key in own if key[4] == threat), key=lambda key: float(key[1]))
+        keys = sorted((key for key in own if key[4] == threat), key=lambda key: key[1])
         points = [point(key) for key in keys]
         if not points:
             continue
-        x = [float(key[1]) for key in keys]
+        x = [key[1] for key in keys]
         low, high = zip(*(interval for _, interval in points), strict=True)
         axes.plot(x, [mean for mean, _ in points], marker="o", markersize=4, color=colour, label=f"{model}: {name}")
         axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
@@ -79,10 +78,6 @@ def accuracy_against_sigma(records: Sequence[Entry]) -> Figure:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     return figure
-
-
-def _is_number(sigma: str | None) -> bool:
-    return sigma not in (None, "mask") and parse_sigma(sigma).kind == "fixed"
 
 
 def _is(row: Entry, attack: tuple[str, float, str], model: tuple[str, Any]) -> bool:
@@ -313,24 +308,24 @@ def degradations(entries: Sequence[Entry], pixels: dict[str, torch.Tensor], num_
     return figure
 
 
-def certified_accuracy(records: Sequence[Entry]) -> Figure:
+def certified_accuracy(certificates: Sequence[Certificate]) -> Figure:
     """Certified accuracy against the L2 radius in [0, 1] units, one curve per sigma; abstentions count as wrong."""
-    by_sigma: dict[tuple, list[Entry]] = defaultdict(list)
-    for record in records:
-        by_sigma[record["model"], record["sigma_255"]].append(record)
+    by_sigma: dict[tuple, list[Certificate]] = defaultdict(list)
+    for certificate in certificates:
+        by_sigma[certificate.model, certificate.sigma_255].append(certificate)
     if not by_sigma:
         raise ValueError("the certification records are empty")
-    largest = max(record["radius"] for record in records)
+    largest = max(item.radius for item in certificates)
     radii = np.linspace(0, 1.05 * largest if largest > 0 else 1, 400)
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     for index, ((model, sigma), members) in enumerate(by_sigma.items()):
-        correct = np.array([record["radius"] if record["prediction"] == record["label"] else -1 for record in members])
+        correct = np.array([item.radius if item.prediction == item.label else -1 for item in members])
         curve = [100 * np.mean(correct >= radius) for radius in radii]
-        number = members[0]["num_draws"]
+        number = members[0].num_draws
         label = f"{model}, sigma {sigma:g}/255 ({len(members)} images, {number:,} draws)"
         axes.plot(radii, curve, color=COLOURS[index % len(COLOURS)], label=label)
-        limit = certified_radius(number, number, sigma, members[0]["alpha"])
+        limit = certified_radius(number, number, sigma, members[0].alpha)
         axes.axvline(limit, color=COLOURS[index % len(COLOURS)], linestyle=":", linewidth=1)
     axes.set(
         xlabel="L2 radius ([0, 1] pixel units)", ylabel="certified accuracy (%)", ylim=(0, 101), xlim=(0, radii[-1])

@@ -25,6 +25,10 @@ class Job:
     def label(self) -> str:
         return "none" if self.attack is None else self.attack.label
 
+    @property
+    def kind(self) -> str:
+        return "none" if self.attack is None else self.attack.kind
+
 
 def plan_jobs(plan: Protocol, targets: Sequence[Target], num_images: int) -> list[Job]:
     """All jobs in the order of their records: model by model, the control first.

@@ -1,6 +1,7 @@
 """Models as users run them: the model and the normalisation of its `pipeline("image-classification", ...)`."""
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from ..modeling_nim import NIMForPreTraining
 from ..modeling_nim_purified import NIMPurifiedImageClassification
 from ..runs.errors import naming_damaged_weights
 from ..training.models import load_config
+from .checks import check_processor
+from .images import TensorImages
 from .recipes import AttackRecipe, EvaluatedModelRecipe
 from .targets import ClassifierTarget, PurifiedTarget, Target
 
@@ -68,7 +71,7 @@ def load_targets(
     device: torch.device | str,
     default_sigmas: Sequence[float | str] | None = None,
 ) -> tuple[list[Target], list[Any]]:
-    """One target per model and sigma of a recipe , and for each the processor of its pipeline.
+    """One target per model and sigma of a recipe, and for each the processor of its pipeline.
 
     A checkpoint named several times is loaded once. `default_sigmas` are for defended models whose recipe gives none;
     where that is None too, a model's own sigma counts.
@@ -83,11 +86,18 @@ def load_targets(
     loaded: dict[tuple, tuple[nn.Module, Any]] = {}
     targets, processors = [], []
     for recipe in recipes:
-        paths = (recipe.path, recipe.purifier, recipe.classifier)
-        if paths not in loaded:
-            model, processor = _load_model(recipe.name, *paths)
-            loaded[paths] = project_patches_by_matrix_product(model).to(device), processor
-        model, processor = loaded[paths]
+        key = (
+            recipe.path,
+            recipe.purifier,
+            recipe.classifier,
+            str(recipe.classifier_settings()),
+            recipe.trust_remote_code,
+        )
+        if key not in loaded:
+            model, processor = _load_model(recipe)
+            check_processor(recipe.name, model, processor)
+            loaded[key] = project_patches_by_matrix_product(model).to(device), processor
+        model, processor = loaded[key]
         sigmas = recipe.sigmas()
         defended = isinstance(model, NIMPurifiedImageClassification) and not recipe.without_purifier
         if sigmas == [None] and default_sigmas and defended and model.config.purifier_config.degradation == "noise":
@@ -98,15 +108,19 @@ def load_targets(
     return targets, processors
 
 
-def _load_model(name: str, path: str | None, purifier: str | None, classifier: str | None) -> tuple[nn.Module, Any]:
+def _load_model(recipe: EvaluatedModelRecipe) -> tuple[nn.Module, Any]:
+    path, purifier, classifier, trust = recipe.path, recipe.purifier, recipe.classifier, recipe.trust_remote_code
     if (path is None) == (purifier is None) or (purifier is None) != (classifier is None):
-        raise ValueError(f"model {name!r}: give either 'path', or both 'purifier' and 'classifier'")
+        raise ValueError(f"model {recipe.name!r}: give either 'path', or both 'purifier' and 'classifier'")
     if path is None:
-        model = NIMPurifiedImageClassification.from_parts(
-            _load(AutoModelForPreTraining, purifier), _load(AutoModelForImageClassification, classifier)
+        parts = (
+            _load(AutoModelForPreTraining, purifier, trust),
+            _load(AutoModelForImageClassification, classifier, trust),
         )
+        model = NIMPurifiedImageClassification.from_parts(*parts, **recipe.classifier_settings())
         return model, image_processor_for(model.config)
-    return _load(AutoModelForImageClassification, path), AutoImageProcessor.from_pretrained(path, backend="pil")
+    model = _load(AutoModelForImageClassification, path, trust)
+    return model, AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=trust)
 
 
 def _make_target(recipe: EvaluatedModelRecipe, model: nn.Module, processor: Any, sigma: str | float | None) -> Target:
@@ -122,11 +136,13 @@ def _make_target(recipe: EvaluatedModelRecipe, model: nn.Module, processor: Any,
     return ClassifierTarget(recipe.name, model, [0.0] * 3, [1.0] * 3)
 
 
-def check_classes(targets: Sequence[Target], source: ImageSource) -> None:
+def check_classes(targets: Sequence[Target], source: ImageSource | TensorImages) -> None:
     """ValueError when a model has another number of classes than the data: its accuracy would mean nothing."""
     num_classes = len(source.class_names)
     for target in targets:
-        known = target.model.config.num_labels
+        known = target.num_classes
+        if known is None:
+            continue
         if known < num_classes or (known > num_classes and not source.classes_are_counted):
             raise ValueError(
                 f"{target.name} tells {known} classes apart, the data have {num_classes}: name the data it was trained for"
@@ -137,10 +153,10 @@ def check_losses(targets: Sequence[Target], attacks: Sequence[AttackRecipe]) -> 
     """ValueError when an attack ranks three classes and a model has two: better now than hours into a run."""
     for target in targets:
         for attack in attacks:
-            if attack.uses_dlr and target.model.config.num_labels < 3:
+            if attack.uses_dlr and target.num_classes is not None and target.num_classes < 3:
                 raise ValueError(
-                    f"attack {attack.label!r} needs 3 classes for its DLR loss, {target.name} has "
-                    f"{target.model.config.num_labels}: use the CE loss, e.g. apgd_ce"
+                    f"attack {attack.label!r} needs 3 classes for its DLR loss, {target.name} has {target.num_classes}: "
+                    "use the CE loss, e.g. apgd_ce"
                 )
 
 
@@ -150,18 +166,22 @@ def load_purifier(path: str, device: torch.device | str) -> tuple[nn.Module, Any
     return model, AutoImageProcessor.from_pretrained(path, backend="pil")
 
 
-def _load(auto_class: type, path: str) -> nn.Module:
-    config = load_config(path)
+def _load(auto_class: type, path: str, trust_remote_code: bool = False) -> nn.Module:
+    config = load_config(path, trust_remote_code)
+    if trust_remote_code and getattr(config, "auto_map", None):
+        warnings.warn(f"{path}: runs the Python code that lies beside the weights; read it first", stacklevel=2)
     classifies = auto_class is AutoModelForImageClassification
     if not classifies and config.model_type == ViTMAEConfig.model_type:
         auto_class = NIMForPreTraining  # transformers' own MAE cannot purify; its checkpoints load into ours
-    elif type(config) not in auto_class._model_mapping:
+    elif type(config) not in auto_class._model_mapping and not (
+        trust_remote_code and auto_class.__name__ in getattr(config, "auto_map", {})
+    ):
         raise ValueError(
             f"{path!r} is a {config.model_type!r} model, no {'classifier' if classifies else 'purifier'}; name "
             + ("a fine-tuned or purified one" if classifies else "a pre-trained NIM or MIM model")
         )
     with naming_damaged_weights(path):
-        model, info = auto_class.from_pretrained(path, output_loading_info=True)
+        model, info = auto_class.from_pretrained(path, output_loading_info=True, trust_remote_code=trust_remote_code)
     if info["missing_keys"] or info["mismatched_keys"]:
         missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         raise ValueError(

@@ -222,7 +222,7 @@ def decide(
 
 def target_forward(target: Target) -> Forward:
     """The whole target as a function of images and draw seeds."""
-    return lambda images_01, seeds: target.logits(images_01, target.draw(seeds))
+    return lambda images_01, seeds: target.logits(images_01, target.draw(seeds, images_01.shape[1:]))
 
 
 def without_draws(function: Callable[[torch.Tensor], torch.Tensor]) -> Forward:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..noise_nim import normalize
 from ..runs.files import write_json, written_whole
 from .draws import PICTURE, RECONSTRUCTION, stream_seed
 from .evaluation import attack_images
+from .images import SourceImages
 from .jobs import Job, is_among
 from .recipes import PicturesRecipe, ReconstructionRecipe
 from .targets import PurifiedTarget, Target
@@ -44,10 +45,9 @@ def store_pictures(
     recipe: PicturesRecipe,
     targets: Sequence[Target],
     jobs: Sequence[Job],
-    load_batch: Callable[[int, range], tuple[torch.Tensor, torch.Tensor, list[str]]],
+    images: SourceImages,
     num_draws: int,
     micro_batch: int,
-    class_names: Sequence[str],
 ) -> None:
     """Attacks the first images once more and stores every stage: `pictures.json` lists them, `pictures.safetensors` has
     the pixels, float32 in [0, 1] units (degraded images lie outside of it).
@@ -58,7 +58,7 @@ def store_pictures(
     pixels: dict[str, torch.Tensor] = {}
     for index, job in pictured_jobs(recipe, targets, jobs).items():
         target = targets[index]
-        images_01, labels, image_ids = load_batch(index, range(min(recipe.num_images, job.num_images)))
+        images_01, labels, image_ids = images.batch(index, range(min(recipe.num_images, job.num_images)))
         attacked = attack_images(job, targets, images_01, labels, image_ids, num_draws, micro_batch)
         for kind, batch in (("clean", images_01), ("attacked", attacked.adversarial_01)):
             seeds = [stream_seed(job.seed, image_id, PICTURE) for image_id in image_ids]
@@ -67,7 +67,7 @@ def store_pictures(
                 stages["degraded"], stages["purified"], logits = target.stages(batch, seeds)
             else:
                 with torch.no_grad():
-                    logits = target.logits(batch, target.draw(seeds))
+                    logits = target.logits(batch, target.draw(seeds, batch.shape[1:]))
             confidence, prediction = logits.softmax(dim=-1).max(dim=-1)
             for row, image_id in enumerate(image_ids):
                 entry = {
@@ -82,15 +82,15 @@ def store_pictures(
                     "confidence": float(confidence[row]),
                     "stages": {},
                 }
-                for stage, images in stages.items():
+                for stage, stage_images in stages.items():
                     key = f"{len(entries):05d}/{stage}"
-                    pixels[key] = images[row].detach().float().cpu().contiguous()
+                    pixels[key] = stage_images[row].detach().float().cpu().contiguous()
                     entry["stages"][stage] = key
                 entries.append(entry)
     directory = Path(directory)
     with written_whole(directory / "pictures.safetensors") as temporary:
         save_file(pixels, temporary)
-    write_json(directory / "pictures.json", {"class_names": list(class_names), "entries": entries})
+    write_json(directory / "pictures.json", {"class_names": images.class_names, "entries": entries})
 
 
 def load_pictures(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -76,6 +76,11 @@ def protocol(
     raise ValueError(f"unknown protocol {name!r}; known: smoke, paper, neurips, standard")
 
 
+def default_sigmas(recipe: AttackRunRecipe) -> list[float | str] | None:
+    """The sigmas of defended models whose recipe gives none; the only thing of a protocol that its models need."""
+    return None if recipe.protocol is None else protocol(recipe.protocol).sigmas
+
+
 def resolve(recipe: AttackRunRecipe, undefended: Sequence[str] = ()) -> Protocol:
     """The protocol and the recipe's own attacks, with the recipe's overrides; transfer is made on the `undefended`."""
     base = Protocol([], None, [0], 10)

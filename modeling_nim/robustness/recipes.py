@@ -221,6 +221,8 @@ class EvaluatedModelRecipe:
 
     `sigma` of the defence: a number, a specification, or a list of them; None means the model's own.
     `without_purifier` evaluates the classifier inside a purified model alone.
+    `classifier_image_size`, `_mean`, `_std` say what a classifier behind a purifier expects where its files do not.
+    `trust_remote_code` runs the Python code beside the weights: only for a repository whose code was read.
     """
 
     name: str  # what tables call it
@@ -231,6 +233,20 @@ class EvaluatedModelRecipe:
     sigma: float | str | list[float | str] | None = None
     num_votes: int | None = None  # draws averaged for one answer; null: the model's own
     without_purifier: bool = False  # the classifier inside a purified model alone
+    classifier_image_size: int | None = None  # what the classifier expects, where its files do not say
+    classifier_image_mean: list[float] | None = None
+    classifier_image_std: list[float] | None = None
+    trust_remote_code: bool = False  # run the code beside the weights; read it first
+
+    def __post_init__(self):
+        if self.classifier_settings() and self.classifier is None:
+            given = next(iter(self.classifier_settings()))
+            raise ValueError(f"model {self.name!r}: {given} is for 'purifier' and 'classifier' paths; leave it out")
+
+    def classifier_settings(self) -> dict[str, Any]:
+        """Those that are given, as `NIMPurifiedImageClassification.from_parts` takes them."""
+        keys = ("classifier_image_size", "classifier_image_mean", "classifier_image_std")
+        return {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
 
     def sigmas(self) -> list[float | str | None]:
         sigmas = self.sigma if isinstance(self.sigma, list) else [self.sigma]

@@ -1,170 +1,174 @@
-"""Records on disk: one JSON line per image, attack and seed, written as they come and continued after a kill.
+"""What an evaluation writes down: a record per image, attack and seed, a row per table line, a certificate per image.
 
-A run is a fixed list of units (one batch of one job), each with a known number of lines. Processes take the units of a
-round side by side, the main process writes them in order. So the file is the same whether one process made it or several,
-in one go or in many.
+The same name means the same thing in all of them: `attack` is the kind of attack and `name` its label, `sigma` is a number
+on 0..255, or a text where the defence has no such number ("uniform(0, 30)", "mask"), or None without a defence.
 """
 
 import dataclasses
-import hashlib
-import importlib.metadata
 import json
 import os
-import platform
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
+from ..noise_nim import parse_sigma
+from .attacks import ATTACKS
 
-from ..runs.files import append_text, write_bytes, write_json
-from ..runs.locks import lock_directory, unlock_directory
-from ..runs.processes import on_main_process
+
+Sigma = float | str | None
+
+
+def sigma_value(sigma: str | float | None) -> Sigma:
+    """A defence's sigma as records name it: a number where it is one."""
+    if not isinstance(sigma, str):
+        return sigma
+    try:
+        spec = parse_sigma(sigma)
+    except ValueError:
+        return sigma  # "mask", or a purifier from elsewhere
+    return spec.a if spec.kind == "fixed" else sigma
+
+
+def model_key(name: str, sigma: str | float | None) -> str:
+    """A model at a sigma, in words."""
+    if sigma is None:
+        return name
+    return f"{name} @ sigma {sigma:g}" if isinstance(sigma, (int, float)) else f"{name} @ sigma {sigma}"
+
+
+class _Jsonable:
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON takes them, in their order."""
+        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
-class Unit:
-    """One batch of one job."""
+class Record(_Jsonable):
+    """One image under one attack with one seed; `predictions` are those on the evaluation draws.
 
-    job: int
-    start: int  # images start .. stop of the evaluation order
-    stop: int
-
-    @property
-    def num_lines(self) -> int:
-        return self.stop - self.start
-
-
-def plan_units(images_per_job: Sequence[int], batch_size: int) -> list[Unit]:
-    """The units of all jobs; a batch holds the same images whatever else happens."""
-    return [
-        Unit(job, start, min(start + batch_size, images))
-        for job, images in enumerate(images_per_job)
-        for start in range(0, images, batch_size)
-    ]
-
-
-class RecordFile:
-    """`DIR/records.jsonl` (or another `name`), its clock `DIR/seconds.jsonl`, and `DIR/run.json`, the settings.
-
-    `settings` is everything the records depend on. A directory that was made with other settings is refused, and so is one
-    that another run is writing to; `close` gives it up.
+    Distances and the range of pixels are measured on what was scored. `clean_predictions` are those of the image without
+    an attack, on the same draws.
     """
 
-    def __init__(
-        self,
-        directory: str | os.PathLike,
-        settings: dict[str, Any],
-        units: list[Unit],
-        accelerator: Accelerator,
-        name: str = "records",
-    ):
-        self.directory = Path(directory)
-        self.path, self.clock_path = self.directory / f"{name}.jsonl", self.directory / "seconds.jsonl"
-        self.units, self.accelerator = units, accelerator
-        self.done = on_main_process(accelerator, lambda: self._open(settings))
-
-    def _open(self, settings: dict[str, Any]) -> int:
-        """Number of complete units; what an interrupted write left behind is cut off."""
-        lock_directory(self.directory)
-        run_file = self.directory / "run.json"
-        settings = json.loads(json.dumps(settings))
-        if run_file.exists():
-            stored = json.loads(run_file.read_text())
-            different = sorted(key for key in settings | stored if settings.get(key) != stored.get(key))
-            if different:
-                raise ValueError(
-                    f"{self.directory} holds records made with another {', '.join(different)}: choose another output_dir, "
-                    "or delete it to start again"
-                )
-        elif self.path.exists():
-            raise ValueError(f"{self.path} exists without a run.json: choose another output_dir, or delete it")
-        else:
-            write_json(run_file, settings)
-        if not self.path.exists():
-            return 0
-        lines = self.path.read_bytes().splitlines(keepends=True)
-        if lines and not lines[-1].endswith(b"\n"):
-            lines.pop()
-        done, kept = 0, 0
-        while done < len(self.units) and kept + self.units[done].num_lines <= len(lines):
-            kept += self.units[done].num_lines
-            done += 1
-        write_bytes(self.path, b"".join(lines[:kept]))
-        if self.clock_path.exists():
-            clock = self.clock_path.read_bytes().splitlines(keepends=True)
-            write_bytes(self.clock_path, b"".join(line for line in clock[:done] if line.endswith(b"\n")))
-        return done
-
-    def rounds(self) -> Iterator[Unit | None]:
-        """This process's unit of every round that is left; None where a last round has fewer units than processes."""
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        for start in range(self.done, len(self.units), world):
-            yield self.units[start + rank] if start + rank < len(self.units) else None
-
-    def append(self, unit: Unit | None, records: list[dict[str, Any]], seconds: float) -> list[dict[str, Any]]:
-        """Writes what all processes bring from this round, in order; returns all of it, in every process."""
-        if unit is not None and len(records) != unit.num_lines:
-            raise ValueError(f"{len(records)} records for a unit of {unit.num_lines} images")
-        gathered = [(unit, records, seconds)]
-        if self.accelerator.num_processes > 1:
-            gathered = gather_object(gathered)
-        gathered = [piece for piece in gathered if piece[0] is not None]
-        if self.accelerator.is_main_process:
-            lines = "".join(json.dumps(record) + "\n" for _, unit_records, _ in gathered for record in unit_records)
-            clock = "".join(
-                json.dumps({"job": piece[0].job, "seconds": round(piece[2], 3)}) + "\n" for piece in gathered
-            )
-            for path, text in ((self.path, lines), (self.clock_path, clock)):
-                append_text(path, text)
-        return [record for _, unit_records, _ in gathered for record in unit_records]
-
-    def read(self) -> list[dict[str, Any]]:
-        """The records so far, in every process."""
-        return on_main_process(self.accelerator, lambda: read_jsonl(self.path) if self.path.exists() else [])
-
-    def close(self) -> None:
-        """Another run may write to the directory. The end of the process does the same."""
-        if self.accelerator.is_main_process:
-            unlock_directory(self.directory)
+    model: str
+    sigma: Sigma
+    attack: str
+    name: str
+    threat_model: str
+    epsilon_255: float
+    seed: int
+    image_id: str
+    label: int
+    clean_predictions: list[int]
+    predictions: list[int]
+    linf_255: float = 0.0
+    l2_255: float = 0.0
+    pixel_min: float = 0.0
+    pixel_max: float = 1.0
+    loss: float = 0.0
+    queries: int = 0
+    zero_gradients: int = 0
+    skipped: bool = False
 
     @property
-    def sha256(self) -> str:
-        """Of the records' bytes: what ties a summary to the lines that it was made of."""
-        with open(self.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+    def group(self) -> tuple:
+        """What a row is made of: model, sigma, label, threat model, epsilon."""
+        return self.model, self.sigma, self.name, self.threat_model, self.epsilon_255
 
-    def seconds_per_job(self, num_jobs: int) -> list[float]:
-        """Process-seconds that each job took."""
-        seconds = [0.0] * num_jobs
-        for line in read_jsonl(self.clock_path) if self.clock_path.exists() else []:
-            seconds[line["job"]] += line["seconds"]
-        return seconds
+    @property
+    def identity(self) -> tuple:
+        """What no two records of a run share."""
+        return (*self.group, self.seed, self.image_id)
+
+    @classmethod
+    def from_json(cls, line: dict[str, Any]) -> "Record":
+        """Of a line of `records.jsonl`; lines from before `name` was written have the label under `attack`."""
+        values = line if "name" in line else line | {"name": line["attack"], "attack": _kind_of(line["attack"])}
+        return cls(**(values | {"sigma": sigma_value(values["sigma"])}))
 
 
-def run_settings(recipe: Any, device: torch.device, **parts: Any) -> dict[str, Any]:
-    """Everything that records depend on: the recipe without its output directory, `parts`, the device, the versions."""
-    settings = dataclasses.asdict(recipe)
-    settings.pop("output_dir")
-    packages = ("torch", "transformers", "accelerate", "numpy", "torchattacks", "Pillow")
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"recipe": settings, **parts, "device": name, "versions": versions}
+@dataclass(frozen=True)
+class Row(_Jsonable):
+    """A line of a table: the records of one group, averaged over draws and seeds per image, in percent."""
+
+    model: str
+    sigma: Sigma
+    attack: str
+    name: str
+    threat_model: str
+    epsilon_255: float
+    accuracy: float
+    ci95: list[float]
+    num_images: int
+    seconds: float
+    accuracy_majority: float
+    ci95_majority: list[float]
+    accuracy_worst_draw: float
+    ci95_worst_draw: list[float]
+    control_accuracy: float
+    control_accuracy_majority: float
+    control_accuracy_worst_draw: float
+    num_draws: int
+    seeds: list[int]
+    mean_perturbation_255: float
+    mean_loss: float
+    mean_queries: float
+    settings: dict[str, Any]
+
+    @property
+    def group(self) -> tuple:
+        return self.model, self.sigma, self.name, self.threat_model, self.epsilon_255
+
+    @classmethod
+    def from_json(cls, line: dict[str, Any]) -> "Row":
+        return cls(**line)
+
+
+@dataclass(frozen=True)
+class Certificate(_Jsonable):
+    """What randomized smoothing certifies of one image: `prediction` is None and `radius` 0.0 where it abstains."""
+
+    model: str
+    sigma_255: float
+    image_id: str
+    label: int
+    top_class: int
+    count: int
+    num_draws: int
+    alpha: float
+    prediction: int | None
+    radius: float
+
+    @property
+    def identity(self) -> tuple:
+        return self.model, self.sigma_255, self.image_id
+
+    @classmethod
+    def from_json(cls, line: dict[str, Any]) -> "Certificate":
+        return cls(**line)
+
+
+def _kind_of(label: str) -> str:
+    """The kind in a label that was made of settings; a label of another origin is its own kind."""
+    kind = label.split(" ")[0].partition("-")[0]
+    return kind if kind in ATTACKS or label.endswith(" torchattacks") else label
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a JSON-lines file; FileNotFoundError names the file and the remedy."""
+    """The lines of a JSON-lines file; errors name the file, the line and the remedy."""
     if not os.path.exists(path):
         raise FileNotFoundError(
             f"there are no records {str(path)!r}; make them with scripts/run_attack.py or run_certify.py"
         )
+    lines = []
     with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        for number, line in enumerate(file, start=1):
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number} is broken ({error}): make the records again") from None
+    return lines
+
+
+def read_records(path: str | os.PathLike) -> list[Record]:
+    """The records of an attack run, those of earlier versions too."""
+    return [Record.from_json(line) for line in read_jsonl(path)]

@@ -4,7 +4,8 @@ Attacks see `Target` alone, so that a defence, a plain classifier and a toy with
 code.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from ..modeling_nim_purified import NIMPurifiedImageClassification
 from ..noise_nim import denormalize, normalize, parse_sigma
+from .draws import isolated_global_rng
 
 
 Noise = dict[str, Any]
@@ -22,7 +24,7 @@ class Target(nn.Module):
 
     Subclasses implement `draw` and `logits`; `classifier_logits` and `features` where a gray-box attacker has something to
     differentiate. `is_random` says whether `draw` matters; a model that is random without saying so is found out by
-    `repeats_itself`.
+    `checks.inspect_target`.
     """
 
     name: str = "model"
@@ -31,8 +33,8 @@ class Target(nn.Module):
     patch_size: int | None = None  # of the purifier, for the patch-mean attack
     rows_per_decision: int = 1  # forward passes of one decision (the votes), for the micro-batch and the cost
 
-    def draw(self, seeds: Sequence[int]) -> Noise:
-        """The noise of `len(seeds)` decisions, to be handed to `logits` once; empty where there is none."""
+    def draw(self, seeds: Sequence[int], image_shape: Sequence[int]) -> Noise:
+        """The noise of `len(seeds)` decisions on images `(C, H, W)`, to be handed to `logits` once; empty without noise."""
         return {}
 
     def logits(self, images_01: torch.Tensor, noise: Noise) -> torch.Tensor:
@@ -47,14 +49,32 @@ class Target(nn.Module):
         """`(R, D)` features of the classifier's encoder, for the feature attack."""
         raise ValueError(f"{self.name}: this model offers no encoder features; leave the 'features' attack out")
 
-    @torch.no_grad()
-    def repeats_itself(self, images_01: torch.Tensor) -> bool:
-        """Whether the same images with the same draws give the same logits, as they must."""
-        seeds = range(len(images_01))
-        return torch.equal(self.logits(images_01, self.draw(seeds)), self.logits(images_01, self.draw(seeds)))
+    @property
+    def num_classes(self) -> int | None:
+        """None where the model does not say."""
+        return None
+
+    @property
+    def weights(self) -> nn.Module:
+        """What holds the weights, for the hash."""
+        return self
 
 
-class ClassifierTarget(Target):
+class _ModelTarget(Target):
+    """A target around a model of transformers, which knows its classes."""
+
+    model: nn.Module
+
+    @property
+    def num_classes(self) -> int | None:
+        return getattr(self.model.config, "num_labels", None)
+
+    @property
+    def weights(self) -> nn.Module:
+        return self.model
+
+
+class ClassifierTarget(_ModelTarget):
     """An undefended image classifier of transformers."""
 
     def __init__(self, name: str, model: nn.Module, image_mean: Sequence[float], image_std: Sequence[float]):
@@ -70,7 +90,7 @@ class ClassifierTarget(Target):
         return _encoder_features(self.model, normalize(images_01, self.image_mean, self.image_std))
 
 
-class PurifiedTarget(Target):
+class PurifiedTarget(_ModelTarget):
     """The defended classifier (Eq. 9) at one sigma; gradients pass through noise, purifier, clamp and classifier."""
 
     def __init__(
@@ -106,11 +126,11 @@ class PurifiedTarget(Target):
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def draw(self, seeds: Sequence[int]) -> Noise:
+    def draw(self, seeds: Sequence[int], image_shape: Sequence[int]) -> Noise:
         if self.without_purifier:
             return {}
         generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
-        return self.model.draw(len(seeds), generators, self._sigma, self.num_votes)
+        return self.model.draw(len(seeds), generators, self._sigma, self.num_votes, tuple(image_shape[-2:]))
 
     def logits(self, images_01: torch.Tensor, noise: Noise) -> torch.Tensor:
         if self.without_purifier:
@@ -142,6 +162,126 @@ class PurifiedTarget(Target):
 
     def _for_classifier(self, images_01: torch.Tensor) -> torch.Tensor:
         return self.model.prepare_for_classifier(normalize(images_01, self.image_mean, self.image_std))
+
+
+class FunctionTarget(Target):
+    """A classifier that is a function of [0, 1] images to logits (a tensor, or an output with `.logits`), from anywhere.
+
+    `purifier` stands before it: a function or module of [0, 1] images to [0, 1] images. How it gets its noise is told by
+    its parameters: with `generators`, a list of one generator per image beside the batch; with `generator`, one generator,
+    image by image; with neither, image by image under seeded global generators. `is_random` says whether there is noise;
+    without a purifier it is the classifier that has it, and it is treated as the last kind.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        classifier: Callable[..., Any],
+        purifier: Callable[..., Any] | None = None,
+        is_random: bool | None = None,
+        num_classes: int | None = None,
+    ):
+        super().__init__()
+        self.name, self.is_random = name, purifier is not None if is_random is None else is_random
+        self.sigma = "external" if purifier is not None or self.is_random else None
+        self.classifier, self.purifier = _frozen(classifier), _frozen(purifier)
+        self._num_classes = num_classes
+        self.takes = None
+        if purifier is not None:
+            call = purifier.forward if isinstance(purifier, nn.Module) else purifier
+            parameters = inspect.signature(call).parameters
+            self.takes = next((kind for kind in ("generators", "generator") if kind in parameters), None)
+
+    @property
+    def num_classes(self) -> int | None:
+        return self._num_classes
+
+    def draw(self, seeds: Sequence[int], image_shape: Sequence[int]) -> Noise:
+        return {"seeds": list(seeds)} if self.is_random else {}
+
+    def logits(self, images_01: torch.Tensor, noise: Noise) -> torch.Tensor:
+        if self.purifier is None:
+            return self._by_image(self._classify, images_01, noise["seeds"]) if noise else self._classify(images_01)
+        return self._classify(self._purify(images_01, noise.get("seeds")))
+
+    def classifier_logits(self, images_01: torch.Tensor) -> torch.Tensor:
+        if self.purifier is None and self.is_random:
+            raise ValueError(
+                f"{self.name}: its noise is inside; there is no classifier apart that a gray box could know"
+            )
+        return self._classify(images_01)
+
+    def _classify(self, images_01: torch.Tensor) -> torch.Tensor:
+        output = self.classifier(images_01)
+        logits = getattr(output, "logits", output)
+        if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != len(images_01):
+            found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+            raise ValueError(f"{self.name}: expected logits ({len(images_01)}, num_classes), the model gave {found}")
+        return logits
+
+    def _purify(self, images_01: torch.Tensor, seeds: Sequence[int] | None) -> torch.Tensor:
+        if seeds is None:
+            seeds = [0] * len(
+                images_01
+            )  # of a purifier that is declared deterministic: whatever it draws stays the same
+        device = images_01.device
+        if self.takes == "generators":
+            purified = self.purifier(
+                images_01, generators=[torch.Generator(device).manual_seed(seed) for seed in seeds]
+            )
+        elif self.takes == "generator":
+            rows = zip(images_01.split(1), seeds, strict=True)
+            purified = torch.cat(
+                [self.purifier(row, generator=torch.Generator(device).manual_seed(s)) for row, s in rows]
+            )
+        elif self.is_random:
+            purified = self._by_image(self.purifier, images_01, seeds)
+        else:
+            purified = self.purifier(images_01)
+        if purified.shape != images_01.shape:
+            raise ValueError(
+                f"{self.name}: the purifier made {tuple(purified.shape)} of images {tuple(images_01.shape)}: they must agree"
+            )
+        return purified
+
+    def _by_image(self, function: Callable[..., Any], images_01: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
+        pieces = []
+        for row, seed in zip(images_01.split(1), seeds, strict=True):
+            with isolated_global_rng(seed):
+                pieces.append(function(row))
+        return torch.cat(pieces)
+
+
+class SmoothedTarget(Target):
+    """Another target behind Gaussian noise of its own: `f(x + sigma * epsilon)`, unclipped, as Cohen et al. 2019 smooth it."""
+
+    is_random = True
+
+    def __init__(self, base: Target, sigma_255: float):
+        super().__init__()
+        self.base, self.name, self.sigma_255, self.sigma = base, base.name, sigma_255, f"{sigma_255:g}"
+
+    @property
+    def num_classes(self) -> int | None:
+        return self.base.num_classes
+
+    @property
+    def weights(self) -> nn.Module:
+        return self.base.weights
+
+    def draw(self, seeds: Sequence[int], image_shape: Sequence[int]) -> Noise:
+        draws = [torch.randn(tuple(image_shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return {"epsilon": torch.stack(draws)}
+
+    def logits(self, images_01: torch.Tensor, noise: Noise) -> torch.Tensor:
+        return self.base.logits(images_01 + self.sigma_255 / 255 * noise["epsilon"].to(images_01.device), {})
+
+    def classifier_logits(self, images_01: torch.Tensor) -> torch.Tensor:
+        return self.base.logits(images_01, {})
+
+
+def _frozen(function: Any) -> Any:
+    return function.eval().requires_grad_(False) if isinstance(function, nn.Module) else function
 
 
 def _encoder_features(classifier: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -164,16 +164,19 @@ def load_purifier(path: str, trainable: bool = False) -> PreTrainedModel:
     return purifier
 
 
-def load_config(path: str) -> PreTrainedConfig:
-    """The configuration of a model directory or of a Hub id such as "org/name"; FileNotFoundError where there is none."""
+def load_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration of a model directory or of a Hub id such as "org/name"; FileNotFoundError where there is none.
+
+    `trust_remote_code` runs the configuration's own Python code, where there is some.
+    """
     if os.path.isdir(path):
         if not os.path.exists(os.path.join(path, "config.json")):
             raise FileNotFoundError(f"{path!r} holds no model (no config.json); is its training finished?")
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     if path.count("/") != 1 or path.startswith((".", "/", "~", "outputs/")) or os.path.isdir(path.split("/")[0]):
         raise FileNotFoundError(f"there is no model directory {path!r}; scripts/run_pretrain.py makes one")
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise FileNotFoundError(f"there is no model directory {path!r}, and the Hub gave none: {error}") from None
 

@@ -123,7 +123,7 @@ def main() -> None:
         total = torch.zeros_like(images_01)
         for draw in range(EOT_SAMPLES):
             leaf = images_01.clone().requires_grad_()
-            noise = target.draw([seeds[image][draw] for image in range(number)])
+            noise = target.draw([seeds[image][draw] for image in range(number)], images_01.shape[1:])
             total += torch.autograd.grad(cross_entropy_loss(one_pass(leaf, noise), labels).sum(), leaf)[0]
         return total / EOT_SAMPLES
 

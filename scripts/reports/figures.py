@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 
 from modeling_nim.robustness import figures
 from modeling_nim.robustness.pictures import load_pictures
-from modeling_nim.robustness.records import read_jsonl
+from modeling_nim.robustness.records import Certificate, read_jsonl, read_records
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.files import written_whole
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         swept = {(row["model"], row["sigma"]) for row in rows if isinstance(row["sigma"], (int, float))}
         if len(swept) > len({model for model, _ in swept}):
             files = [directory / "records.jsonl" for directory in directories]
-            lines = [line for file in files if file.exists() for line in read_jsonl(file)]
+            lines = [record for file in files if file.exists() for record in read_records(file)]
             drawn["sigma_curve"] = figures.accuracy_against_sigma(lines)
     for directory in directories:
         if (directory / "pictures.json").exists() and "panel" not in drawn:
@@ -80,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         records = [
             line for directory in directories if (directory / file).exists() for line in read_jsonl(directory / file)
         ]
+        if name == "certified":
+            records = [Certificate.from_json(line) for line in records]
         if records:
             drawn[name] = draw(records)
         models = list(dict.fromkeys(record["model"] for record in records)) if name == "reconstruction" else []

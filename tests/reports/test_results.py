@@ -9,6 +9,7 @@ import pytest
 import reference
 
 from modeling_nim.robustness.certification import certified_rows
+from modeling_nim.robustness.records import Certificate, Record, Row
 from modeling_nim.robustness.statistics import accuracy_interval
 from reports import paper_tables
 
@@ -28,21 +29,24 @@ def test_a_result_is_made_of_the_records_beside_it(file):
     assert hashlib.sha256(content).hexdigest() == result["provenance"]["records_sha256"]
     records = [json.loads(line) for line in content.splitlines()]
     if file.stem == "certified":
-        assert certified_rows(records, sorted({row["radius_l2"] for row in result["rows"]})) == result["rows"]
+        assert (
+            certified_rows(
+                [Certificate.from_json(record) for record in records],
+                sorted({row["radius_l2"] for row in result["rows"]}),
+            )
+            == result["rows"]
+        )
         return
     right = defaultdict(list)
-    for record in records:
-        predictions = record["predictions"]
-        key = tuple(record[name] for name in ("model", "sigma", "attack", "threat_model", "epsilon_255"))
-        right[key].append(sum(prediction == record["label"] for prediction in predictions) / len(predictions))
+    for record in map(Record.from_json, records):
+        predictions = record.predictions
+        right[record.group].append(sum(prediction == record.label for prediction in predictions) / len(predictions))
     assert len(right) == len(result["rows"])
-    for row in result["rows"]:
-        # records keep sigma as the text that it was given as
-        sigma = f"{row['sigma']:g}" if isinstance(row["sigma"], float) else row["sigma"]
-        values = right[row["model"], sigma, row["name"], row["threat_model"], row["epsilon_255"]]
-        assert row["num_images"] == len(values)
-        assert row["accuracy"] == pytest.approx(100 * sum(values) / len(values), abs=1e-3)
-        assert row["ci95"] == pytest.approx(accuracy_interval(values), abs=1e-3)
+    for row in map(Row.from_json, result["rows"]):
+        values = right[row.group]
+        assert row.num_images == len(values)
+        assert row.accuracy == pytest.approx(100 * sum(values) / len(values), abs=1e-3)
+        assert row.ci95 == pytest.approx(accuracy_interval(values), abs=1e-3)
 
 
 def test_the_tables_beside_the_results_are_up_to_date(tmp_path):

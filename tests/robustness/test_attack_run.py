@@ -28,6 +28,7 @@ from modeling_nim.robustness.loading import check_losses
 from modeling_nim.robustness.pictures import load_pictures
 from modeling_nim.robustness.protocols import resolve
 from modeling_nim.robustness.recipes import AttackRecipe, AttackRunRecipe
+from modeling_nim.robustness.records import Record, read_records
 from modeling_nim.robustness.targets import ClassifierTarget
 from modeling_nim.runs.recipe import load_recipe
 
@@ -100,7 +101,7 @@ def test_records_summary_and_figures(recipe, tmp_path, capsys):
     mine = [
         r
         for r in records
-        if (r["model"], r["sigma"], r["attack"], r["threat_model"]) == ("purified", "60", "pgd-2", "white_box")
+        if (r["model"], r["sigma"], r["name"], r["threat_model"]) == ("purified", 60.0, "pgd-2", "white_box")
     ]
     share = [sum(p == r["label"] for p in r["predictions"]) / 3 for r in mine]
     assert row["accuracy"] == pytest.approx(100 * sum(share) / 20, abs=1e-3)
@@ -202,6 +203,53 @@ def test_a_killed_run_continues_to_the_identical_file(recipe, tmp_path):
     assert (tmp_path / "whole/records.jsonl").read_bytes() == whole
 
 
+@pytest.mark.parametrize("fault", ["missing", "doubled", "swapped", "broken", "of another image", "surplus"])
+def test_records_that_are_not_those_of_the_run_are_refused_by_file_and_line(recipe, tmp_path, fault):
+    """By identity and not by count: a line less and another one more would come to the same number."""
+    recipe |= {"seeds": [0], "pictures": None, "reconstruction": None}
+    path, file = tmp_path / "recipe.yaml", tmp_path / "out/records.jsonl"
+    summary = run_attack(path, recipe, tmp_path / "out")
+    lines = file.read_bytes().splitlines(keepends=True)
+    changed, where = {
+        "missing": (lines[:5] + lines[6:], 6),
+        "doubled": (lines[:6] + lines[5:], 7),
+        "swapped": (lines[:5] + [lines[6], lines[5]] + lines[7:], 6),
+        "broken": (lines[:5] + [lines[5][:20] + lines[6]] + lines[6:], 6),
+        "of another image": (lines[:5] + [lines[5].replace(b"digits/", b"digits/9")] + lines[6:], 6),
+        "surplus": (lines + lines[-1:], len(lines) + 1),
+    }[fault]
+    file.write_bytes(b"".join(changed))
+    with pytest.raises(ValueError, match=rf"out/records.jsonl, line {where} .*head -n {where - 1}"):
+        run_attack(path, recipe, tmp_path / "out")
+    # and the remedy that it names is one
+    file.write_bytes(b"".join(changed[: where - 1]))
+    assert without_seconds(run_attack(path, recipe, tmp_path / "out")) == without_seconds(summary)
+    assert file.read_bytes() == b"".join(lines)
+
+
+def test_records_of_earlier_versions_are_read(tmp_path):
+    old = {
+        "model": "m", "sigma": "75", "attack": "pgd-10 a8", "threat_model": "white_box", "epsilon_255": 8.0, "seed": 0,
+        "image_id": "a", "label": 1, "clean_predictions": [1], "predictions": [0], "linf_255": 8.0, "l2_255": 90.0,
+        "pixel_min": 0.0, "pixel_max": 1.0, "loss": 2.5, "queries": 10, "zero_gradients": 0, "skipped": False,
+    }  # fmt: skip
+    (tmp_path / "records.jsonl").write_text(
+        json.dumps(old) + "\n" + json.dumps(old | {"attack": "none", "sigma": "mask"})
+    )
+    first, second = read_records(tmp_path / "records.jsonl")
+    assert (first.attack, first.name, first.sigma, second.attack, second.sigma) == (
+        "pgd",
+        "pgd-10 a8",
+        75.0,
+        "none",
+        "mask",
+    )
+    assert Record.from_json(first.to_json()) == first and first.to_json().keys() - old.keys() == {"name"}
+    (tmp_path / "records.jsonl").write_text('{"model": \n')
+    with pytest.raises(ValueError, match="records.jsonl, line 1 is broken"):
+        read_records(tmp_path / "records.jsonl")
+
+
 def without_seconds(summary):
     summary = json.loads(json.dumps(summary))
     for row in summary["rows"]:
@@ -242,11 +290,11 @@ def test_two_processes_give_the_single_processs_file(recipe, tmp_path):
         ({"attacks": [{"attack": "transfer"}]}, "'transfer' needs 'source'"),
         ({"attacks": [{"attack": "pgd", "loss": "cee"}]}, "unknown loss 'cee'; known: ce, dlr, margin"),
         ({"attacks": [{"attack": "pgd", "alpha_ratio": 0.0}]}, "alpha_ratio must be a finite number above 0"),
-        ({"attacks": [{"attack": "pgd", "epsilon_255": [float("nan")]}]}, "finite numbers >= 0"),
-        ({"attacks": [{"attack": "pgd", "epsilon_255": [float("inf")]}]}, "finite numbers >= 0"),
+        ({"attacks": [{"attack": "pgd", "epsilon_255": [float("nan")]}]}, "finite number"),
+        ({"attacks": [{"attack": "pgd", "epsilon_255": [float("inf")]}]}, "finite number"),
         ({"attacks": [{"attack": "nowhere.to:be_found"}]}, "No module named 'nowhere'"),
         ({"attacks": [{"attack": "math:fsumm"}]}, "module 'math' has no function 'fsumm'"),
-        ({"epsilon_255": [float("nan")], "protocol": "smoke"}, "finite numbers >= 0"),
+        ({"epsilon_255": [float("nan")], "protocol": "smoke"}, "finite number"),
         ({"attacks": [{"attack": "apgd_ce", "steps": 1}]}, "steps must be at least 2"),
     ],
 )

@@ -29,6 +29,7 @@ from modeling_nim import (
 )
 from modeling_nim.robustness import attacks
 from modeling_nim.robustness.attacks import ATTACKS
+from modeling_nim.robustness.checks import inspect_target
 from modeling_nim.robustness.draws import EVALUATE, evaluation_order, stream_seed
 from modeling_nim.robustness.evaluation import attack_images, score_batch
 from modeling_nim.robustness.jobs import Job
@@ -76,7 +77,7 @@ def attack_and_score(target, recipe, images_01, labels, epsilon_255, num_draws=1
     control_job = Job(0, None, "clean", 0.0, seed, len(images_01))
     control = attack_images(control_job, [target], images_01, labels, image_ids, num_draws, micro_batch)
     control = score_batch(control_job, [target], control, images_01, labels, image_ids, {}, num_draws, micro_batch)
-    clean = {record["image_id"]: record["predictions"] for record in control}
+    clean = {record.image_id: record.predictions for record in control}
     job = Job(0, recipe, threat or recipe.threat_models[0], epsilon_255, seed, len(images_01))
     attacked = attack_images(job, [target], images_01, labels, image_ids, num_draws, micro_batch)
     records = score_batch(job, [target], attacked, images_01, labels, image_ids, clean, num_draws, micro_batch)
@@ -84,11 +85,11 @@ def attack_and_score(target, recipe, images_01, labels, epsilon_255, num_draws=1
 
 
 def accuracy(records):
-    return np.mean([np.mean([p == record["label"] for p in record["predictions"]]) for record in records])
+    return np.mean([np.mean([p == record.label for p in record.predictions]) for record in records])
 
 
 def control_accuracy(records):
-    return np.mean([np.mean([p == record["label"] for p in record["clean_predictions"]]) for record in records])
+    return np.mean([np.mean([p == record.label for p in record.clean_predictions]) for record in records])
 
 
 @pytest.mark.parametrize("recipe", ALL_ATTACKS, ids=ids)
@@ -108,19 +109,19 @@ def test_every_attack_stays_in_its_ball_and_in_the_image_range(recipe):
     target = NoisyTarget()
     records, attacked = attack_and_score(target, recipe, images(8), torch.arange(8) % 4, 16)
     key = "l2_255" if recipe.norm == "l2" else "linf_255"
-    assert max(record[key] for record in records) <= 16 + 1e-4
-    assert max(record[key] for record in records) > 4  # and it does use its budget
+    assert max(getattr(record, key) for record in records) <= 16 + 1e-4
+    assert max(getattr(record, key) for record in records) > 4  # and it does use its budget
     assert attacked.adversarial_01.min() >= 0 and attacked.adversarial_01.max() <= 1
     perturbation = (attacked.adversarial_01 - images(8)).flatten(1) * 255
     for index, record in enumerate(records):
-        assert record["linf_255"] == pytest.approx(float(perturbation[index].abs().max()), abs=1e-3)
-        assert record["l2_255"] == pytest.approx(float(perturbation[index].norm()), abs=1e-2)
+        assert record.linf_255 == pytest.approx(float(perturbation[index].abs().max()), abs=1e-3)
+        assert record.l2_255 == pytest.approx(float(perturbation[index].norm()), abs=1e-2)
 
 
 @pytest.mark.parametrize("recipe", ALL_ATTACKS, ids=ids)
 def test_without_a_budget_the_accuracy_is_the_clean_one(recipe):
     records, attacked = attack_and_score(NoisyTarget(), recipe, images(8), torch.arange(8) % 4, 0.0, num_draws=5)
-    assert [record["predictions"] for record in records] == [record["clean_predictions"] for record in records]
+    assert [record.predictions for record in records] == [record.clean_predictions for record in records]
     assert torch.equal(attacked.adversarial_01, images(8))
 
 
@@ -246,7 +247,7 @@ def test_an_attack_and_a_loss_of_ones_own():
     named = AttackRecipe("robustness_targets:corner_attack", steps=2, arguments={"share": 0.5}, loss="margin")
     records, attacked = attack_and_score(target, named, x, labels, 8)
     torch.testing.assert_close(attacked.adversarial_01, (x + 0.5 * 8 / 255).clamp(0, 1))
-    assert {record["attack"] for record in records} == {"corner_attack-2 margin"}
+    assert {(record.attack, record.name) for record in records} == {("corner_attack", "corner_attack-2 margin")}
     assert named.settings(8.0)["implementation"] == "robustness_targets:corner_attack"
     assert named.settings(8.0)["arguments"] == {"share": 0.5}
     passed = AttackRecipe(corner_attack, steps=2, arguments={"share": 0.5}, loss=margin_loss)
@@ -283,7 +284,7 @@ def test_a_linear_model_loses_exactly_what_its_closed_form_says(recipe):
     epsilon_255 = 2.0
     closed_form = target.margin(x).abs() > epsilon_255 / 255 * target.weight.abs().sum()
     records, _ = attack_and_score(target, recipe, x, labels, epsilon_255)
-    assert [record["predictions"][0] == record["label"] for record in records] == closed_form.tolist()
+    assert [record.predictions[0] == record.label for record in records] == closed_form.tolist()
     assert 0.1 < closed_form.float().mean() < 0.9
 
 
@@ -293,7 +294,7 @@ def test_a_linear_model_under_l2():
     closed_form = target.margin(x).abs() > 40 / 255 * target.weight.norm()
     for recipe in (AttackRecipe("pgd", norm="l2", steps=20), AttackRecipe("apgd_ce", norm="l2", steps=20)):
         records, _ = attack_and_score(target, recipe, x, labels, 40.0)
-        assert [record["predictions"][0] == record["label"] for record in records] == closed_form.tolist()
+        assert [record.predictions[0] == record.label for record in records] == closed_form.tolist()
     assert 0.1 < closed_form.float().mean() < 0.9
 
 
@@ -396,7 +397,7 @@ def test_targeted_attacks_reach_the_likeliest_wrong_class():
     labels = logits.argmax(1)
     runner_up = logits.topk(2).indices[:, 1]
     records, _ = attack_and_score(target, AttackRecipe("pgd", steps=20, targeted=True), x, labels, 32)
-    assert [record["predictions"][0] for record in records] == runner_up.tolist()
+    assert [record.predictions[0] for record in records] == runner_up.tolist()
 
 
 def test_the_gradient_is_the_exact_mean_over_the_named_draws():
@@ -436,7 +437,7 @@ def test_known_draw_is_the_scored_one():
     shown = target.logits(
         attacked.adversarial_01, target.draw([stream_seed(4, f"image/{i}", EVALUATE, 0) for i in range(2)])
     )
-    assert [record["predictions"] for record in records] == shown.argmax(1)[:, None].tolist()
+    assert [record.predictions for record in records] == shown.argmax(1)[:, None].tolist()
 
 
 def test_the_control_is_made_again_where_it_is_under_way_elsewhere():
@@ -463,10 +464,10 @@ def test_images_that_are_wrong_anyway_are_not_attacked():
     wrong = target.logits(x, {}).argmax(1) != 0
     records, attacked = attack_and_score(target, AttackRecipe("pgd", steps=10), x, labels, 8)
     assert attacked.skipped == wrong.tolist() and 0 < sum(attacked.skipped) < 30
-    assert [record["queries"] for record in records] == [0 if skipped else 10 for skipped in attacked.skipped]
+    assert [record.queries for record in records] == [0 if skipped else 10 for skipped in attacked.skipped]
     assert torch.equal(attacked.adversarial_01[wrong], x[wrong])
     everything, _ = attack_and_score(target, AttackRecipe("pgd", steps=10, skip_misclassified=False), x, labels, 8)
-    assert min(record["queries"] for record in everything) == 10
+    assert min(record.queries for record in everything) == 10
     assert accuracy(everything) == accuracy(records)
 
 
@@ -486,7 +487,7 @@ def test_rounding_hides_gradients_from_the_white_box_attack_alone():
     labels = (target.margin(x) > 0).long()
     white, _ = attack_and_score(target, AttackRecipe("pgd", skip_misclassified=False), x, labels, 8)
     gray, _ = attack_and_score(target, AttackRecipe("pgd", threat_models=["gray_box"]), x, labels, 8)
-    assert all(record["zero_gradients"] == 10 for record in white)
+    assert all(record.zero_gradients == 10 for record in white)
     assert accuracy(gray) < 0.5 < accuracy(white)
 
 
@@ -500,10 +501,14 @@ def test_a_purified_target_draws_what_the_model_draws(purifier, classifier):
             model.config.image_std
         ).view(3, 1, 1)
         expected = model(pixel_values, sigma=sigma, num_votes=votes, generator=generators).logits
-        torch.testing.assert_close(target.logits(images_01, target.draw(seeds)), expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            target.logits(images_01, target.draw(seeds, images_01.shape[1:])), expected, atol=1e-6, rtol=0
+        )
     degraded, purified, logits = PurifiedTarget("p", model, sigma=30).stages(images_01, seeds)
     target = PurifiedTarget("p", model, sigma=30)
-    torch.testing.assert_close(logits, target.logits(images_01, target.draw(seeds)), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        logits, target.logits(images_01, target.draw(seeds, images_01.shape[1:])), atol=1e-6, rtol=0
+    )
     assert purified.min() >= -1e-6 and purified.max() <= 1 + 1e-6 and degraded.max() > 1
 
 
@@ -522,10 +527,10 @@ def test_every_kind_of_purifier_can_be_attacked(family, classifier):
     target = PurifiedTarget(family, model)
     assert target.is_random and target.sigma == ("30" if noise else "mask")
     x, labels = torch.rand(3, 3, 16, 16), torch.arange(3)
-    assert target.repeats_itself(x)
+    assert inspect_target(target, x) == {"repeatable": True, "draws_differ": True, "continuous": True}
     records, attacked = attack_and_score(target, AttackRecipe("pgd", steps=3, eot_samples=2), x, labels, 8, num_draws=4)
-    assert max(record["linf_255"] for record in records) == pytest.approx(8, abs=1e-3)
-    assert all(record["zero_gradients"] == 0 for record in records)
+    assert max(record.linf_255 for record in records) == pytest.approx(8, abs=1e-3)
+    assert all(record.zero_gradients == 0 for record in records)
     degraded, purified, _ = target.stages(x, [1, 2, 3])
     assert degraded.shape == purified.shape == x.shape
 

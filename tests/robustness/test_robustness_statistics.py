@@ -1,6 +1,7 @@
 """Intervals, paired tests, alarms, certificates and plans against values worked out elsewhere."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from scipy.stats import binom, binomtest
 
 from modeling_nim import NIMPurifiedImageClassification
 from modeling_nim.robustness.certification import certified_rows, check_certifiable, count_votes
+from modeling_nim.robustness.checks import inspect_target
 from modeling_nim.robustness.cost import cost_table, measure_speed, seconds_per_image
 from modeling_nim.robustness.draws import distinct_seeds, stream_seed
 from modeling_nim.robustness.evaluation import attack_images, score_batch
@@ -17,9 +19,11 @@ from modeling_nim.robustness.jobs import Job, plan_jobs
 from modeling_nim.robustness.loading import model_hash
 from modeling_nim.robustness.protocols import protocol, resolve
 from modeling_nim.robustness.recipes import AttackRecipe, AttackRunRecipe, EvaluatedModelRecipe
-from modeling_nim.robustness.records import plan_units
+from modeling_nim.robustness.record_file import plan_units
+from modeling_nim.robustness.records import Certificate, Record
+from modeling_nim.robustness.scores import majority_is_right
 from modeling_nim.robustness.statistics import accuracy_interval, certified_radius, lower_bound, paired_p_value
-from modeling_nim.robustness.summary import majority_is_right, summarise
+from modeling_nim.robustness.summary import summarise
 from modeling_nim.robustness.targets import PurifiedTarget
 
 
@@ -102,11 +106,13 @@ def test_a_certificate_needs_an_answer_that_sees_the_noisy_image_alone(purifier,
     assert check_certifiable(target, x) == 30
     # a purifier that says "noisy" and does otherwise is found out
     target.model.config.purifier_config.patch_statistics = "noisy"
-    purifier.config.norm_pix_loss, original = True, purifier.forward
-    purifier.forward = lambda pixel_values, **k: _leaking(original, pixel_values, k)
+    purifier.config.norm_pix_loss, original = True, purifier.restore
+    purifier.restore = lambda degraded, hidden, pixel_values, *rest: (
+        original(degraded, hidden, pixel_values, *rest) + pixel_values.mean(dim=(2, 3), keepdim=True)
+    )
     with pytest.raises(ValueError, match="depends on more than the noisy image"):
         check_certifiable(target, x)
-    purifier.forward = original
+    purifier.restore = original
     for sigma, message in (("uniform(0, 30)", "one number above 0"), (0, "one number above 0")):
         with pytest.raises(ValueError, match=message):
             check_certifiable(PurifiedTarget("p", target.model, sigma=sigma), x)
@@ -115,15 +121,9 @@ def test_a_certificate_needs_an_answer_that_sees_the_noisy_image_alone(purifier,
         check_certifiable(target, x)
 
 
-def _leaking(forward, pixel_values, arguments):
-    output = forward(pixel_values, **arguments)
-    output.reconstruction = output.reconstruction + pixel_values.mean(dim=(2, 3), keepdim=True)
-    return output
-
-
 def test_certified_rows_count_abstentions_as_mistakes():
     radii = [(1, 1, 0.5), (1, 1, 0.2), (0, 1, 0.9), (None, 1, 0.0)]
-    records = [{"model": "m", "sigma_255": 30.0, "prediction": p, "label": y, "radius": r} for p, y, r in radii]
+    records = [Certificate("m", 30.0, f"{r}", y, 1, 0, 1000, 0.001, prediction=p, radius=r) for p, y, r in radii]
     rows = certified_rows(records, [0.0, 0.25, 0.75])
     assert [row["certified_accuracy"] for row in rows] == [50.0, 25.0, 0.0]
     assert rows[0]["abstained"] == 25.0
@@ -136,7 +136,7 @@ def run(targets, attacks, x, labels, epsilons, seeds=(0,), num_draws=3):
     """Records and summary of a small run without files."""
     records, settings = [], {}
     ids = [f"image/{index}" for index in range(len(x))]
-    for index, target in enumerate(targets):
+    for index in range(len(targets)):
         for seed in seeds:
             jobs = [Job(index, None, "clean", 0.0, seed, len(x))]
             jobs += [
@@ -146,13 +146,13 @@ def run(targets, attacks, x, labels, epsilons, seeds=(0,), num_draws=3):
             for job in jobs:
                 attacked = attack_images(job, targets, x, labels, ids, num_draws, 64)
                 lines = score_batch(job, targets, attacked, x, labels, ids, clean, num_draws, 64)
-                clean = clean or {line["image_id"]: line["predictions"] for line in lines}
+                clean = clean or {line.image_id: line.predictions for line in lines}
                 records += lines
                 if job.attack is not None:
-                    group = (target.name, target.sigma, job.label, job.threat_model, job.epsilon_255)
+                    group = lines[0].group
                     settings[group] = {"kind": job.attack.kind} | job.attack.settings(job.epsilon_255)
-    models = {target.name: {"repeatable": target.repeats_itself(x[:4])} for target in targets}
-    return records, summarise(records, settings, models, {}), settings, models
+    models = {target.name: inspect_target(target, x[:4]) for target in targets}
+    return records, summarise(records, settings, models, {}).to_json(), settings, models
 
 
 def alarms(summary):
@@ -206,7 +206,7 @@ def test_mean_queries_are_those_of_the_images_that_were_attacked():
     target, x = QuietTarget(), images(30)
     labels = torch.zeros(30, dtype=torch.long)
     records, summary, _, _ = run([target], [AttackRecipe("pgd", steps=10)], x, labels, [8.0])
-    assert 0 < sum(record["skipped"] for record in records) < 30
+    assert 0 < sum(record.skipped for record in records) < 30
     assert [row["mean_queries"] for row in summary["rows"]] == [0, 10]
 
 
@@ -214,7 +214,9 @@ def test_a_secretly_random_model_rings():
     target = SecretlyRandomTarget()
     _, summary, _, _ = run([target], [AttackRecipe("fgsm")], images(8), torch.zeros(8, dtype=torch.long), [1.0])
     assert "undeclared_randomness" in alarms(summary)
-    assert QuietTarget().repeats_itself(images(4)) and NoisyTarget().repeats_itself(images(4))
+    assert inspect_target(QuietTarget(), images(4)) == {"repeatable": True, "continuous": True}
+    honest = {"repeatable": True, "draws_differ": True, "continuous": True}
+    assert inspect_target(NoisyTarget(), images(4)) == honest
 
 
 def test_alarms_on_what_records_hold():
@@ -223,13 +225,13 @@ def test_alarms_on_what_records_hold():
     assert not alarms(summary) & {"beyond_epsilon", "pixels_out_of_range", "step_not_smaller_than_epsilon"}
 
     def changed(**values):
-        altered = [record | (values if record["attack"] != "none" else {}) for record in records]
-        return alarms(summarise(altered, settings, models, {}))
+        altered = [record if record.name == "none" else replace(record, **values) for record in records]
+        return alarms(summarise(altered, settings, models, {}).to_json())
 
     assert "beyond_epsilon" in changed(linf_255=8.01) and "beyond_epsilon" not in changed(linf_255=8.0005)
     assert "pixels_out_of_range" in changed(pixel_max=1.001) and "pixels_out_of_range" in changed(pixel_min=-0.001)
     large = {group: values | {"alpha_255": 8.0} for group, values in settings.items()}
-    assert "step_not_smaller_than_epsilon" in alarms(summarise(records, large, models, {}))
+    assert "step_not_smaller_than_epsilon" in alarms(summarise(records, large, models, {}).to_json())
 
 
 def test_too_few_images_to_rank_two_models():
@@ -239,8 +241,8 @@ def test_too_few_images_to_rank_two_models():
     for comparison in summary["comparisons"]:
         decisions = {}
         for name in ("quiet", "noisy"):
-            chosen = [r for r in records if (r["model"], r["attack"]) == (name, comparison["name"])]
-            decisions[name] = [majority_is_right(r["predictions"], r["label"]) for r in chosen]
+            chosen = [r for r in records if (r.model, r.name) == (name, comparison["name"])]
+            decisions[name] = [majority_is_right(r.predictions, r.label) for r in chosen]
         assert comparison["p_value"] == pytest.approx(paired_p_value(*decisions.values()))
         differ = comparison["accuracy_majority"][0] != comparison["accuracy_majority"][1]
         rings = any(
@@ -258,11 +260,7 @@ def test_majority_of_draws():
 
 def test_rows_average_seeds_per_image():
     def record(image, seed, predictions):
-        return {
-            "model": "m", "sigma": "30", "attack": "none", "threat_model": "clean", "epsilon_255": 0.0, "seed": seed,
-            "image_id": image, "label": 1, "clean_predictions": predictions, "predictions": predictions, "linf_255": 0.0,
-            "l2_255": 0.0, "pixel_min": 0.0, "pixel_max": 1.0, "loss": 0.0, "queries": 0, "zero_gradients": 0, "skipped": False,
-        }  # fmt: skip
+        return Record("m", 30.0, "none", "none", "clean", 0.0, seed, image, 1, predictions, predictions)
 
     records = [
         record("a", 0, [1, 1, 0]),
@@ -270,7 +268,7 @@ def test_rows_average_seeds_per_image():
         record("b", 0, [0, 0, 1]),
         record("b", 1, [0, 0, 0]),
     ]
-    row = summarise(records, {}, {}, {})["rows"][0]
+    row = summarise(records, {}, {}, {}).to_json()["rows"][0]
     assert row["accuracy"] == pytest.approx(100 * (5 / 6 + 1 / 6) / 2, abs=1e-3)
     assert row["accuracy_majority"] == 50 and row["accuracy_worst_draw"] == 25
     assert (row["num_images"], row["num_draws"], row["seeds"], row["sigma"]) == (2, 3, [0, 1], 30.0)
@@ -278,15 +276,14 @@ def test_rows_average_seeds_per_image():
 
 
 def test_the_curve_over_sigma_compares_equal_images_alone():
-    def lines(sigma, threat, attack, epsilon, right):
+    def lines(sigma, threat, name, epsilon, right):
         return [
-            {"model": "m", "sigma": sigma, "attack": attack, "threat_model": threat, "epsilon_255": epsilon, "seed": 0}
-            | {"image_id": f"{index}", "label": 1, "predictions": [int(hit)]}
+            Record("m", sigma, name, name, threat, epsilon, 0, f"{index}", 1, [], [int(hit)])
             for index, hit in enumerate(right)
         ]
 
-    records = lines("30", "clean", "none", 0.0, [1, 1, 1, 1]) + lines("75", "clean", "none", 0.0, [1, 0])
-    records += lines("30", "white_box", "pgd-10", 8.0, [0, 1, 1, 1]) + lines("75", "white_box", "pgd-10", 8.0, [0, 1])
+    records = lines(30.0, "clean", "none", 0.0, [1, 1, 1, 1]) + lines(75.0, "clean", "none", 0.0, [1, 0])
+    records += lines(30.0, "white_box", "pgd-10", 8.0, [0, 1, 1, 1]) + lines(75.0, "white_box", "pgd-10", 8.0, [0, 1])
     axes = accuracy_against_sigma(records).axes[0]
     curves = {line.get_label(): line.get_ydata().tolist() for line in axes.lines}
     # images 2 and 3 were seen at sigma 30 alone, and do not count
@@ -321,7 +318,9 @@ def test_the_bars_of_models_say_what_they_stand_on():
 
 def test_the_curve_of_certificates_shows_where_the_draws_end():
     records = [
-        {"model": "m", "sigma_255": 63.75, "prediction": p, "label": 1, "radius": r, "num_draws": 1000, "alpha": 0.001}
+        Certificate(
+            "m", 63.75, f"{p} {r}", label=1, top_class=1, count=0, num_draws=1000, alpha=0.001, prediction=p, radius=r
+        )
         for p, r in ((1, 0.6), (1, 0.2), (0, 0.5), (None, 0.0))
     ]
     axes = certified_accuracy(records).axes[0]

@@ -1,0 +1,43 @@
+"""What records amount to per image: shared by the table and the alarms."""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from .records import Record
+from .statistics import accuracy_interval
+
+
+def majority_is_right(predictions: Sequence[int], label: int) -> bool:
+    """Whether the label has more votes than any other class; a tie is no majority."""
+    votes = Counter(predictions)
+    right = votes.pop(label, 0)
+    return right > max(votes.values(), default=0)
+
+
+def scores(members: Sequence[Record], predictions_key: str = "predictions") -> dict[str, list[float]]:
+    """Per image, averaged over seeds: mean over draws, majority vote, worst draw."""
+    by_image: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    for record in members:
+        predictions, label = getattr(record, predictions_key), record.label
+        right = [prediction == label for prediction in predictions]
+        by_image[record.image_id].append((sum(right) / len(right), majority_is_right(predictions, label), all(right)))
+    means = [[sum(values) / len(values) for values in zip(*seeds, strict=True)] for seeds in by_image.values()]
+    return {name: [mean[column] for mean in means] for column, name in enumerate(("mean", "majority", "worst"))}
+
+
+def percent(values: Sequence[float]) -> float:
+    return round(100 * sum(values) / len(values), 4)
+
+
+def interval(values: Sequence[float]) -> list[float]:
+    return [round(bound, 4) for bound in accuracy_interval(values)]
+
+
+def length(record: Record, norm: str) -> float:
+    return record.l2_255 if norm == "l2" else record.linf_255
+
+
+def norm_of(attacks: dict[tuple, dict[str, Any]], group: tuple) -> str:
+    """What the group's epsilon is measured in; budgets of different norms have nothing to do with each other."""
+    return attacks.get(group, {}).get("norm", "linf")
