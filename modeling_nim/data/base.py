@@ -6,13 +6,13 @@ import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image
 
 from ..runs.bounds import Bounds, Count, Seed, check_fields
-from .decode import decode_rgb
+from .decode import BadImageError, decode_rgb
 
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
@@ -107,6 +107,44 @@ def shard_files(path: str, split: str, suffix: str) -> list[str]:
             f"(data.train_split and data.test_split name the splits)"
         )
     return files
+
+
+def file_roots(recipe: DataRecipe) -> list[str]:
+    """The folders that rows may name files in: that of the data, for the Hub the caches that it is downloaded to."""
+    if recipe.source != "hub" or os.path.isdir(recipe.path):
+        return [recipe.path]
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return [str(datasets.config.HF_DATASETS_CACHE), str(datasets.config.DOWNLOADED_DATASETS_PATH), HF_HUB_CACHE]
+
+
+def cell_bytes(cell: dict[str, Any] | None, roots: Sequence[str], image_id: str) -> bytes:
+    """The encoded image of a table's cell `{"bytes", "path"}`; a path is relative to one of `roots` and stays inside it.
+
+    Raises BadImageError for an empty cell, a file outside of `roots` (data from elsewhere may name any file of this
+    machine) and one that cannot be read.
+    """
+    cell = cell or {}
+    if (encoded := cell.get("bytes")) is not None:
+        return encoded
+    path = cell.get("path")
+    if path is None:
+        raise BadImageError(f"image {image_id!r} is missing: its cell is empty")
+    for root in map(os.path.realpath, roots):
+        inside = os.path.realpath(os.path.join(root, path))
+        if os.path.commonpath([root, inside]) == root and os.path.isfile(inside):
+            return file_bytes(inside, image_id)
+    raise BadImageError(f"image {image_id!r} names {path!r}, which is no file inside {', '.join(map(repr, roots))}")
+
+
+def file_bytes(path: str, image_id: str) -> bytes:
+    """The content of a file, or BadImageError."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise BadImageError(f"cannot read image {image_id!r}: {error.strerror}") from None
 
 
 def load_hub_dataset(recipe: DataRecipe, split: str, streaming: bool = False):

@@ -3,10 +3,11 @@
 import hashlib
 import json
 import os
+import stat
 import time
 
 from ..runs.files import WriteError, write_text
-from .base import IMAGE_SUFFIXES, ImageSource
+from .base import IMAGE_SUFFIXES, ImageSource, file_bytes
 
 
 KEEP_FROM_FILES = 10_000
@@ -14,7 +15,7 @@ _SETTLED_AFTER_NS = 2 * 10**9  # a folder that changed just now may change again
 
 
 class FolderSource(ImageSource):
-    """`path/split/class/image`, the classes in sorted order.
+    """`path/split/class/image`, the classes in sorted order; names that begin with a dot are left out.
 
     The listing of a large folder is kept in the user's cache and used again while the modification times of all its
     folders are the same: files that come, go or get other names are noticed, a file that is overwritten in place is not.
@@ -38,8 +39,7 @@ class FolderSource(ImageSource):
         return len(self.files)
 
     def stored(self, index):
-        with open(os.path.join(self.root, self.files[index]), "rb") as file:
-            return file.read(), self.labels[index]
+        return file_bytes(os.path.join(self.root, self.files[index]), self.files[index]), self.labels[index]
 
     def image_id(self, index):
         return self.files[index]
@@ -47,19 +47,22 @@ class FolderSource(ImageSource):
 
 def _make_listing(root: str) -> dict:
     """Names, labels, the digest of names and sizes, and when each folder changed; a large one is kept."""
-    class_names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    class_names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
     files, labels, digest = [], [], hashlib.sha256()
     changed_ns = {"": os.stat(root).st_mtime_ns}
     for label, name in enumerate(class_names):
         for folder, subfolders, names in os.walk(os.path.join(root, name)):
-            subfolders.sort()
+            subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
             relative = os.path.relpath(folder, root)
             changed_ns[relative] = os.stat(folder).st_mtime_ns
             for file in sorted(names):
-                if file.lower().endswith(IMAGE_SUFFIXES):
+                if file.lower().endswith(IMAGE_SUFFIXES) and file[0] != ".":
                     files.append(os.path.join(relative, file))
                     labels.append(label)
-                    digest.update(f"{files[-1]}:{os.path.getsize(os.path.join(folder, file))}\n".encode())
+                    status = os.stat(os.path.join(folder, file))
+                    if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+                        raise ValueError(f"{os.path.join(folder, file)!r} is no file; take it out of the images")
+                    digest.update(os.fsencode(f"{files[-1]}:{status.st_size}\n"))
     listing = {"class_names": class_names, "files": files, "labels": labels, "digest": digest.hexdigest()[:16]}
     if len(files) >= KEEP_FROM_FILES and max(changed_ns.values()) < time.time_ns() - _SETTLED_AFTER_NS:
         try:

@@ -29,6 +29,9 @@ from .streams import StreamPosition, StreamSource
 NUM_CROP_ATTEMPTS = 10
 MAX_REPLACEMENTS = 1000
 
+# An image as it is stored, or why it cannot be read, with its label and its id.
+Candidate = tuple[bytes | np.ndarray | BadImageError, int, str]
+
 
 @dataclass
 class CropRecipe:
@@ -142,17 +145,21 @@ class TrainingImages(Dataset):
         except BadImageError as error:
             return error
 
-    def _good_images(self, index: int) -> Iterator[tuple[bytes | np.ndarray, int, str]]:
+    def _good_images(self, index: int) -> Iterator[Candidate]:
         """The image at `index` and, in case it is bad, those after it."""
         for attempt in range(min(len(self.source), MAX_REPLACEMENTS)):
             where = (index + attempt) % len(self.source)
-            yield *self.source.stored(where), self.source.image_id(where)
+            try:
+                stored, label = self.source.stored(where)
+            except BadImageError as error:
+                stored, label = error, -1
+            yield stored, label, self.source.image_id(where)
 
     def batch(
         self,
         epochs: np.ndarray,
         indices: np.ndarray,
-        candidates: Iterable[Iterator[tuple[bytes | np.ndarray, int, str]]],
+        candidates: Iterable[Iterator[Candidate]],
     ) -> dict[str, Any]:
         """Decode, cut and turn one image for each key: the first good one of its candidates `(stored, label, id)`."""
         numbers = uniforms(image_seeds(self.seed, epochs, indices, "crop"), 2 * NUM_CROP_ATTEMPTS + 3)
@@ -174,7 +181,7 @@ class TrainingImages(Dataset):
         }
 
     def _first_good(
-        self, images: Iterator[tuple[bytes | np.ndarray, int, str]], numbers: np.ndarray, bad_images: list[str]
+        self, images: Iterator[Candidate], numbers: np.ndarray, bad_images: list[str]
     ) -> tuple[np.ndarray, int]:
         """Pixels and label of the first image that can be read; the messages of those before it go to `bad_images`."""
 
@@ -187,6 +194,8 @@ class TrainingImages(Dataset):
 
         for stored, label, image_id in images:
             try:
+                if isinstance(stored, BadImageError):
+                    raise stored
                 if isinstance(stored, np.ndarray):
                     return resize_window(stored, window, self.image_size), label
                 return decode_window(stored, image_id, window, self.image_size), label

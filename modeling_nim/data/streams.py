@@ -6,7 +6,10 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .base import IMAGE_SUFFIXES, DataRecipe, load_hub_dataset, shard_files
+from .base import IMAGE_SUFFIXES, DataRecipe, cell_bytes, file_roots, load_hub_dataset, shard_files
+from .decode import BadImageError
+from .labels import check_label
+from .tables import undecoded
 from .tars import check_tar
 
 
@@ -54,7 +57,7 @@ class StreamSource:
             raise ValueError(f"how many images {recipe.path!r} streams is not known; set data.num_images")
         # None where the labels are bare numbers: how many there are, a stream cannot tell
         self.class_names = getattr(rows.features[self.label_column], "names", None)
-        self.rows = rows.cast_column(self.image_column, datasets.Image(decode=False))
+        self.rows, self.roots = undecoded(rows, self.image_column, recipe.path), file_roots(recipe)
         self.shuffle_buffer = recipe.shuffle_buffer
         self.fingerprint = f"stream:{recipe.source}:{recipe.path}/{split}:{self.num_images}"
 
@@ -68,11 +71,13 @@ class StreamSource:
 
     def epochs(
         self, seed: int, rank: int, num_processes: int, position: StreamPosition
-    ) -> Iterator[tuple[bytes, int, str]]:
+    ) -> Iterator[tuple[bytes | BadImageError, int, str]]:
         """This process's share from `position` on, epoch after epoch without end, shuffled; loader workers share it further.
 
         `position` moves along. What lies before it in its epoch is read again but not decoded: the order of the images
-        follows from (seed, epoch). Raises ValueError naming a tar that is damaged, when its first image comes.
+        follows from (seed, epoch).
+        An error in the place of bytes is that image's. Raises ValueError naming a damaged tar, when its first image comes,
+        and a label that is none.
         """
         from datasets.distributed import split_dataset_by_node
 
@@ -90,13 +95,14 @@ class StreamSource:
                     check_tar(url)
                     checked.add(url)
                 image = row[self.image_column]
-                encoded = image["bytes"]
-                if encoded is None:
-                    with open(image["path"], "rb") as file:
-                        encoded = file.read()
                 position.number = number + 1
-                name = image["path"] or f"epoch {position.epoch}, row {number}"
-                yield encoded, int(row[self.label_column]), name
+                name = (image or {}).get("path") or f"epoch {position.epoch}, row {number}"
+                label = check_label(row[self.label_column], self.class_names, self.num_images, f"image {name!r}")
+                try:
+                    encoded = cell_bytes(image, self.roots, name)
+                except BadImageError as error:
+                    encoded = error
+                yield encoded, label, name
             if is_empty and position.number == 0:
                 raise ValueError(
                     f"the stream holds no image for process {rank} of {num_processes}; use fewer processes"

@@ -6,7 +6,16 @@ import sys
 
 import numpy as np
 
-from .base import DataRecipe, ImageSource, files_digest, load_hub_dataset, shard_files
+from .base import (
+    DataRecipe,
+    ImageSource,
+    cell_bytes,
+    file_roots,
+    files_digest,
+    load_hub_dataset,
+    shard_files,
+)
+from .labels import check_label, counted_class_names
 
 
 SAY_FROM_BYTES = 2**30
@@ -16,8 +25,6 @@ class TableSource(ImageSource):
     """Rows of parquet shards or of a Hub data set, memory-mapped by `datasets` and decoded by us."""
 
     def __init__(self, recipe: DataRecipe, split: str):
-        import datasets
-
         self.table_name = f"{os.path.basename(os.path.normpath(recipe.path))}/{split}"
         if recipe.source == "parquet":
             files = shard_files(recipe.path, split, ".parquet")
@@ -29,30 +36,60 @@ class TableSource(ImageSource):
         for column in (recipe.image_column, recipe.label_column):
             if column not in rows.column_names:
                 raise ValueError(f"{recipe.path!r} has no column {column!r}; its columns: {rows.column_names}")
-        label_feature = rows.features[recipe.label_column]
-        labels = np.asarray(rows.with_format("arrow")[recipe.label_column])
-        self.classes_are_counted = getattr(label_feature, "names", None) is None
-        self.class_names = list(getattr(label_feature, "names", None) or map(str, range(int(labels.max()) + 1)))
-        self.labels = labels.astype(np.int64)
+        names = getattr(rows.features[recipe.label_column], "names", None)
+        self.labels = _checked_labels(rows, recipe, names)
+        self.classes_are_counted = names is None
+        self.class_names = counted_class_names(self.labels.tolist()) if names is None else list(names)
         # the raw {bytes, path} column: our own decoder turns it into pixels
-        rows = rows.select_columns([recipe.image_column])
-        self.images = rows.cast_column(recipe.image_column, datasets.Image(decode=False)).with_format("arrow")
-        self.image_column = recipe.image_column
+        self.images = undecoded(
+            rows.select_columns([recipe.image_column]), recipe.image_column, recipe.path
+        ).with_format("arrow")
+        self.image_column, self.roots = recipe.image_column, file_roots(recipe)
         self.fingerprint = f"{recipe.source}:{self.table_name}:{len(self)}:{provenance}"
 
     def __len__(self):
         return len(self.labels)
 
     def stored(self, index):
-        cell = self.images[int(index)][self.image_column][0]
-        encoded = cell["bytes"].as_py()
-        if encoded is None:
-            with open(cell["path"].as_py(), "rb") as file:
-                encoded = file.read()
-        return encoded, int(self.labels[index])
+        cell = self.images[int(index)][self.image_column][0].as_py()
+        return cell_bytes(cell, self.roots, self.image_id(index)), int(self.labels[index])
 
     def image_id(self, index):
         return f"{self.table_name}/{int(index):08d}"
+
+
+def undecoded(rows, column: str, path: str):
+    """Rows, mapped or streamed, whose image column is `{"bytes", "path"}`; ValueError for a column of anything else."""
+    import datasets
+    import pyarrow as pa
+
+    if not isinstance(rows.features[column], datasets.Image):
+        kind = rows.features.arrow_schema.field(column).type
+        encoded = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_string(kind)
+        if not encoded and not (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0):
+            raise ValueError(
+                f"column {column!r} of {path!r} holds {kind}, no images; it must hold encoded files "
+                f"(PNG, JPEG, ...) as bytes or as datasets.Image: name another column in data.image_column"
+            )
+    return rows.cast_column(column, datasets.Image(decode=False))
+
+
+def _checked_labels(rows, recipe: DataRecipe, names: list[str] | None) -> np.ndarray:
+    """(N,) int64, or ValueError naming the column, or the first row that holds no label."""
+    import pyarrow as pa
+
+    column, where = rows.data.column(recipe.label_column), f"column {recipe.label_column!r} of {recipe.path!r}"
+    if not pa.types.is_integer(column.type) and not pa.types.is_boolean(column.type):
+        raise ValueError(f"{where} holds {column.type}; labels must be whole numbers, 0 and up (datasets.ClassLabel)")
+    if len(column) == 0:
+        raise ValueError(f"{where} has no rows: the split is empty")
+    if column.null_count:
+        row = next(row for row, value in enumerate(column) if not value.is_valid)
+        raise ValueError(f"{where}: row {row} has no label; leave such rows out")
+    labels = column.to_numpy()
+    for row in (labels.argmin(), labels.argmax()):
+        check_label(int(labels[row]), names, len(labels), f"{where}, row {row}")
+    return labels.astype(np.int64)
 
 
 def _open_parquet(files: list[str], split: str):
@@ -63,9 +100,17 @@ def _open_parquet(files: list[str], split: str):
     import datasets
     import pyarrow.parquet
 
+    footers = []
+    for file in files:
+        try:
+            footers.append(pyarrow.parquet.read_metadata(file))
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"{file!r} is no parquet file or damaged ({error})") from None
+    if sum(footer.num_rows for footer in footers) == 0:
+        raise ValueError(f"{files[0]!r} and all other shards of split {split!r} have no rows")
     builder = datasets.load_dataset_builder("parquet", data_files={split: files})
     if not os.path.exists(builder.cache_dir):
-        needed = sum(_bytes_in_memory(pyarrow.parquet.read_metadata(file)) for file in files)
+        needed = sum(map(_bytes_in_memory, footers))
         place = builder.cache_dir
         while not os.path.exists(place):
             place = os.path.dirname(place)
@@ -78,7 +123,13 @@ def _open_parquet(files: list[str], split: str):
             )
         if needed >= SAY_FROM_BYTES:
             print(f"copying {needed / 2**30:.1f} GiB of parquet to {place}, once", file=sys.stderr)
-    return datasets.load_dataset("parquet", data_files={split: files}, split=split)
+    try:
+        return datasets.load_dataset("parquet", data_files={split: files}, split=split)
+    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise ValueError(
+            f"the shards of split {split!r} in {os.path.dirname(files[0])!r} cannot be read: {reason}"
+        ) from None
 
 
 def _bytes_in_memory(metadata) -> int:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from .base import IMAGE_SUFFIXES, ImageSource, files_digest, shard_files
+from .labels import check_label, counted_class_names
 
 
 @contextmanager
@@ -45,8 +46,14 @@ class TarSource(ImageSource):
             images, classes = {}, {}
             with whole_tar(shard) as tar:
                 for member in tar:
-                    key, _, suffix = member.name.partition(".")
+                    folder, name = os.path.split(member.name)
+                    key, _, suffix = name.partition(".")  # of the name alone: `tar cf shard.tar .` writes ./KEY.jpg
+                    key = os.path.join(folder, key)
+                    if not member.isfile():
+                        continue
                     if f".{suffix.lower()}" in IMAGE_SUFFIXES:
+                        if key in images:
+                            raise ValueError(f"sample {key!r} has two images")
                         images[key] = (member.offset_data, member.size)
                     elif suffix == "cls":
                         classes[key] = int(tar.extractfile(member).read())
@@ -58,8 +65,10 @@ class TarSource(ImageSource):
                 offsets.append(offset)
                 sizes.append(size)
                 labels.append(classes[key])
+        for number, (key, label) in zip(shards, zip(self.keys, labels, strict=True), strict=True):
+            check_label(label, None, len(labels), f"sample {key!r} of {self.shards[number]!r}")
         self.shard, self.offset, self.size, self.labels = map(np.asarray, (shards, offsets, sizes, labels))
-        self.class_names = [str(label) for label in range(int(self.labels.max()) + 1)] if labels else []
+        self.class_names = counted_class_names(labels)
         self.files = None
         self.fingerprint = f"webdataset:{split}:{len(self)}:{files_digest(self.shards)}"
 
