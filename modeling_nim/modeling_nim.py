@@ -275,13 +275,13 @@ class NIMForPreTraining(NIMPreTrainingMixin, NIMPreTrainedModel):
         )
 
     def forward_loss(self, pixel_values: torch.Tensor, output: NIMForPreTrainingOutput) -> torch.Tensor:
-        """The mean error (`reconstruction_loss`) of `output.logits` against clean images `(B, C, H, W)`: over every
-        patch (Eq. 4), or over the hidden ones (Eq. 2)."""
+        """The mean squared error of `output.logits` against clean images `(B, C, H, W)`: over every patch (Eq. 4), or over
+        the hidden ones (Eq. 2)."""
         target = self.patchify(pixel_values)  # (B, N, patch * patch * C)
         if self.config.norm_pix_loss:
             mean, std = self._target_statistics(pixel_values, output.degraded_pixel_values)
             target = (target - mean) / std
-        loss_per_patch = self._error(output.logits, target).mean(dim=-1)  # (B, N)
+        loss_per_patch = (output.logits - target).square().mean(dim=-1)  # (B, N)
         if output.mask is None:
             return loss_per_patch.mean()
         return (loss_per_patch * output.mask).sum() / output.mask.sum()

@@ -223,9 +223,9 @@ class NIMSimMIMForPreTraining(NIMPreTrainingMixin, NIMSimMIMPreTrainedModel):
         )
 
     def forward_loss(self, pixel_values: torch.Tensor, output: NIMForPreTrainingOutput) -> torch.Tensor:
-        """The mean error (`reconstruction_loss`) of `output.reconstruction` against clean images `(B, C, H, W)`: over
-        every pixel (Eq. 4), or over the hidden ones (Eq. 2)."""
-        error = self._error(output.reconstruction, pixel_values)
+        """The mean absolute error of `output.reconstruction` against clean images `(B, C, H, W)`: over every pixel (Eq. 4),
+        or over the hidden ones (Eq. 2)."""
+        error = nn.functional.l1_loss(output.reconstruction, pixel_values, reduction="none")
         if output.mask is None:
             return error.mean()
         mask = self._pixel_mask(output.mask, error)

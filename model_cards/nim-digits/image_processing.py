@@ -57,11 +57,13 @@ def image_processor_for(config: PreTrainedConfig) -> ViTImageProcessorPil:
     """The processor that turns PIL images into the `pixel_values` of a model with this configuration.
 
     From 64 pixels on it is ImageNet's evaluation transform: shortest edge to size * 256 / 224 (bicubic), centre crop.
-    Smaller models see the whole image, resized to a square. Mean and standard deviation are the configuration's. A defense
-    resizes and crops as its classifier's own processor does, where that is known (`image_geometry`).
+    Smaller models see the whole image, resized to a square. A purifier with a `tile_stride` of its own takes photographs
+    in tiles, and they keep their size. A defense resizes and crops as its classifier's own processor does, where that is
+    known (`image_geometry`). Mean and standard deviation are the configuration's.
     """
     size = config.image_size
-    crop = size >= 64
+    in_tiles = getattr(config, "tile_stride", None) is not None
+    crop = size >= 64 and not in_tiles
     geometry = getattr(config, "image_geometry", None) or {
         "size": {"shortest_edge": round(size * 256 / 224)} if crop else {"height": size, "width": size},
         "resample": BICUBIC,
@@ -70,7 +72,7 @@ def image_processor_for(config: PreTrainedConfig) -> ViTImageProcessorPil:
     }
     return ViTImageProcessorPil(
         do_convert_rgb=True,
-        do_resize=True,
+        do_resize=not in_tiles,
         **geometry,
         do_rescale=True,
         do_normalize=True,

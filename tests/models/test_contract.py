@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import TINY
-from test_numerics import CLASSIFIERS, PURIFIERS, every_purifier, nim_mae, nim_simmim
+from test_numerics import CLASSIFIERS, PURIFIERS, every_purifier
 
 from modeling_nim import NIMPurifiedImageClassification
 from modeling_nim.noise_nim import clamp_to_image_range
@@ -125,19 +125,3 @@ def test_a_hiding_purifier_shows_what_it_hid(pixel_values):
     assert torch.equal(output.degraded_pixel_values, expected.degraded_pixel_values)
     zeros = (output.degraded_pixel_values == 0).all(dim=1).float().mean(dim=(1, 2))
     assert zeros.tolist() == [0.75] * 4
-
-
-@pytest.mark.parametrize("degradation", ["noise", "mask"])
-@pytest.mark.parametrize("build", [nim_mae, nim_simmim])
-def test_one_field_chooses_the_error_of_both_families(build, degradation, pixel_values):
-    assert (nim_mae().config.reconstruction_loss, nim_simmim().config.reconstruction_loss) == ("mse", "l1")
-    for kind, error in (("mse", torch.square), ("l1", torch.abs)):
-        model = build(
-            degradation=degradation, reconstruction_loss=kind, **({"norm_pix_loss": False} if build is nim_mae else {})
-        )
-        output = model(pixel_values, generator=torch.Generator().manual_seed(1))
-        errors = error(output.reconstruction - pixel_values)
-        if output.mask is not None:
-            hidden = output.mask.view(4, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3).bool()
-            errors = errors[hidden.expand_as(errors)]
-        torch.testing.assert_close(output.loss, errors.mean())

@@ -1,10 +1,13 @@
 """Images larger than the model: cut into tiles and put together, by value, by gradient, by memory."""
 
+import numpy as np
 import pytest
 import torch
+from conftest import TINY, TINY_DECODER
+from PIL import Image
 from test_numerics import PURIFIERS, every_purifier, nim_mae, nim_simmim, relative_error
 
-from modeling_nim import NIMConfig, NIMSimMIMConfig
+from modeling_nim import NIMConfig, NIMSimMIMConfig, image_processor_for
 from modeling_nim.noise_nim import add_noise, clamp_to_image_range
 from modeling_nim.tiles_nim import TileGrid
 
@@ -213,3 +216,11 @@ def test_bfloat16_tiles_stay_within_two_percent():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             found = model.purify(images, sigma=30, epsilon=epsilon)
     assert found.dtype == torch.float32 and relative_error(found, expected) < 2e-2
+
+
+def test_the_processor_of_a_purifier_with_tiles_leaves_a_photograph_its_size():
+    config = NIMConfig(**TINY, **TINY_DECODER, tile_stride=12)
+    photograph = Image.fromarray(np.full((40, 70, 3), 255, np.uint8))
+    pixel_values = image_processor_for(config)(photograph, return_tensors="pt")["pixel_values"]
+    white = (1 - torch.tensor(config.image_mean)) / torch.tensor(config.image_std)
+    torch.testing.assert_close(pixel_values, white.view(1, 3, 1, 1).expand(1, 3, 40, 70))
