@@ -70,6 +70,7 @@ from modeling_nim.training.settings import (
     make_accelerator,
     save_recipe,
 )
+from modeling_nim.training.stochastic_depth import DropPaths
 
 
 @dataclass
@@ -146,9 +147,10 @@ def main() -> int:
     set_seed(recipe.seed)
     model, purified_model = make_models(accelerator, recipe, source.class_names)
     plan = make_plan(recipe.optimization, accelerator.num_processes, len(source), accelerator.is_main_process)
+    drop_paths = DropPaths(model)
     average = make_average(model, recipe.optimization.ema_decay) if recipe.optimization.ema_decay else None
     model, optimizer = accelerator.prepare(model, make_optimizer(model, recipe.optimization))
-    set_seed(recipe.seed, device_specific=True)  # from here on: drop path, different in every process
+    set_seed(recipe.seed, device_specific=True)  # for dropout, if a model has any
     finetuning = Finetuning(accelerator, recipe, model, purified_model)
     config = finetuning.config
     images = TrainingImages(source, recipe.crop, config.image_size, recipe.seed, recipe.data.on_bad_image)
@@ -176,6 +178,7 @@ def main() -> int:
         targets = torch.nn.functional.one_hot(batch["labels"], config.num_labels).float()
         targets = targets * (1 - recipe.label_smoothing) + recipe.label_smoothing / config.num_labels
         which = (batch["epochs"], batch["indices"])
+        drop_paths.draw(recipe.seed, *which, accelerator.device)
         statistics = (config.image_mean, config.image_std)  # for random erasing
         images_01, targets = augment(images_01, targets, recipe.augmentation, recipe.seed, *which, *statistics)
         clean = finetuning.clean(images_01, targets)

@@ -56,6 +56,7 @@ from modeling_nim.training.settings import (
     make_accelerator,
     save_recipe,
 )
+from modeling_nim.training.stochastic_depth import DropPaths
 
 
 @dataclass
@@ -90,9 +91,10 @@ def main() -> int:
         source = load_source(recipe.data, "train")
     images = TrainingImages(source, recipe.crop, config.image_size, recipe.seed, recipe.data.on_bad_image)
     plan = make_plan(recipe.optimization, accelerator.num_processes, len(source), accelerator.is_main_process)
+    drop_paths = DropPaths(model)
     average = make_average(model, recipe.optimization.ema_decay) if recipe.optimization.ema_decay else None
     model, optimizer = accelerator.prepare(model, make_optimizer(model, recipe.optimization))
-    set_seed(recipe.seed, device_specific=True)  # from here on: drop path, different in every process
+    set_seed(recipe.seed, device_specific=True)  # for dropout, if a model has any
 
     # Where to begin: everything that is random about an image depends on (seed, epoch, image), not on what was before
     lock_output_dir(accelerator, recipe.output_dir)
@@ -111,8 +113,10 @@ def main() -> int:
     model.train()
     micro_losses = []
     for batch in reporter.timed(loader):
+        which = (batch["epochs"], batch["indices"])
+        drop_paths.draw(recipe.seed, *which, accelerator.device)
         pixel_values = normalize(to_images_01(batch["pixels"]), config.image_mean, config.image_std)  # (B, 3, H, W)
-        seeds = image_seeds(recipe.seed, batch["epochs"], batch["indices"], "degradation")  # (B,)
+        seeds = image_seeds(recipe.seed, *which, "degradation")  # (B,)
         draws = draw(len(seeds), generators(seeds, accelerator.device))
         learning_rate = learning_rate_at(step, recipe.optimization, plan)
         set_learning_rate(optimizer, learning_rate)
