@@ -80,9 +80,12 @@ def test_recomputed_activations_meet_the_same_depth(pixel_values):
 
 def test_two_processes_give_the_curve_of_one_with_stochastic_depth(tmp_path):
     config = TINY | {"image_size": 32, "patch_size": 8, "num_hidden_layers": 3, "drop_path_rate": 0.5}
+    config |= {"layer_scale_init_value": 1.0, "initializer_range": 0.3}  # so that the branches weigh something
     recipe = PRETRAIN | {"model": {"architecture": "nim_simmim", "config": config}}
     for num_processes in (1, 2):
         run("run_pretrain", recipe, tmp_path / str(num_processes), num_processes=num_processes)
-    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), abs=1e-4)
+    one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
+    assert two == pytest.approx(one, abs=2e-5)
     run("run_pretrain", recipe, tmp_path / "all", "model.config.drop_path_rate=0")
-    assert losses(tmp_path / "all") != pytest.approx(losses(tmp_path / "1"), abs=1e-3)  # it is in use
+    whole = losses(tmp_path / "all")
+    assert max(abs(whole[step] - one[step]) for step in one) > 2e-4  # it is in use
