@@ -18,6 +18,7 @@ from transformers.models.beit.modeling_beit import (
     BeitPreTrainedModel,
     BeitRelativePositionBias,
 )
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_nim import NIMSimMIMClassifierConfig, NIMSimMIMConfig
 from .image_processing import ImageProcessorMixin
@@ -91,6 +92,18 @@ class NIMSimMIMLayer(BeitLayer):
         if config.use_relative_position_bias:
             self.relative_position_bias = NIMSimMIMRelativePositionBias(config)
 
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        resolution: tuple[int, int] | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        # Reentrant checkpoints see positional tensors alone, and the shared table of positions comes in the mask: by name
+        # its gradient would be taken once per layer through a graph that the first layer has freed.
+        return super().__call__(hidden_states, attention_mask, interpolate_pos_encoding, resolution, **kwargs)
+
 
 class NIMSimMIMDecoder(nn.Conv2d):
     """SimMIM's decoder: one linear layer per patch, then pixels in place of channels."""
@@ -126,7 +139,7 @@ class NIMSimMIMPreTrainedModel(ImageProcessorMixin, BeitPreTrainedModel):
             init.uniform_(module.weight, -bound, bound)
             init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, (nn.Linear, nn.Conv2d)):
-            self._truncated_normal(module.weight, getattr(module, "init_std", std))
+            self._truncated_normal(module.weight, std)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, BeitEmbeddings):
@@ -223,9 +236,9 @@ class NIMSimMIMForPreTraining(NIMPreTrainingMixin, NIMSimMIMPreTrainedModel):
         )
 
     def forward_loss(self, pixel_values: torch.Tensor, output: NIMForPreTrainingOutput) -> torch.Tensor:
-        """The mean absolute error of `output.reconstruction` against clean images `(B, C, H, W)`: over every pixel (Eq. 4),
-        or over the hidden ones (Eq. 2)."""
-        error = nn.functional.l1_loss(output.reconstruction, pixel_values, reduction="none")
+        """The mean error (`reconstruction_loss`) of `output.reconstruction` against clean images `(B, C, H, W)`: over
+        every pixel (Eq. 4), or over the hidden ones (Eq. 2)."""
+        error = self._error(output.reconstruction, pixel_values)
         if output.mask is None:
             return error.mean()
         mask = self._pixel_mask(output.mask, error)
@@ -277,22 +290,29 @@ class NIMSimMIMForImageClassification(NIMSimMIMPreTrainedModel):
         self.beit = NIMSimMIMModel(config)
         self.fc_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.classifier.init_std = 2e-5  # 0.02 scaled by 0.001: a fresh head hardly disturbs the encoder
         self.post_init()
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is self.classifier:
+            self._truncated_normal(module.weight, 2e-5)  # 0.02 scaled by 0.001: it hardly disturbs the encoder
+            init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+    @can_return_tuple
     def forward(
         self,
         pixel_values: torch.Tensor,
         labels: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        return_dict: bool | None = None,
         **kwargs,
     ) -> ImageClassifierOutput | tuple:
         """Classifies normalised images.
 
         Args:
             pixel_values: `(B, C, H, W)`, normalised.
-            labels: `(B,)` class indices; with them the loss is the cross-entropy.
+            labels: adds `loss`, see `classification_loss`.
             interpolate_pos_encoding: accept images of another size, the relative positions being interpolated.
 
         Raises:
@@ -302,13 +322,12 @@ class NIMSimMIMForImageClassification(NIMSimMIMPreTrainedModel):
         outputs = self.beit(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
         features = self.fc_norm(outputs.last_hidden_state[:, 1:].mean(dim=1))  # (B, D)
         logits = self.classifier(features)  # (B, num_labels)
-        output = ImageClassifierOutput(
-            loss=None if labels is None else classification_loss(logits, labels),
+        return ImageClassifierOutput(
+            loss=None if labels is None else classification_loss(logits, labels, self.config.problem_type),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-        return output if return_dict is not False else output.to_tuple()
 
 
 class CopySharedRelativePositions(ConversionOps):

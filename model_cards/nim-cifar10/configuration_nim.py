@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, BeitConfig, PreTrainedConfig, ViTMAEConfig
-from transformers.activations import ACT2FN
 
+from .checks_nim import check_patch_embedding, check_sizes, check_tiles
 from .noise_nim import parse_sigma
 
 
@@ -46,6 +46,7 @@ _PRETRAINING_ONLY = (
     "norm_pix_loss",
     "patch_statistics",
     "residual_prediction",
+    "reconstruction_loss",
     "tile_stride",
     "tile_border",
     "tile_window",
@@ -54,57 +55,6 @@ _PRETRAINING_ONLY = (
     "mask_patch_size",
     "use_mask_token",
 )
-
-
-def _check_sizes(config: PreTrainedConfig) -> None:
-    """What a configuration says of its images and of its widths, so that no model is built that nothing fits."""
-    image_size, patch_size = config.image_size, config.patch_size
-    sides = isinstance(image_size, int) and isinstance(patch_size, int) and min(image_size, patch_size) > 0
-    if not sides or image_size % patch_size:
-        raise ValueError(
-            f"image_size {image_size} and patch_size {patch_size}: both must be one number, and the image a multiple "
-            "of the patch"
-        )
-    for prefix in ("", "decoder_"):
-        width, heads = (getattr(config, prefix + name, 1) for name in ("hidden_size", "num_attention_heads"))
-        if min(width, heads) < 1 or width % heads:
-            raise ValueError(
-                f"{prefix}hidden_size {width} must be a multiple of {prefix}num_attention_heads {heads}, both above 0"
-            )
-    if config.hidden_act not in ACT2FN:
-        raise ValueError(f"hidden_act {config.hidden_act!r} is unknown; use one of {', '.join(ACT2FN)}")
-    if len(config.image_mean) != len(config.image_std) or min(config.image_std) <= 0:
-        raise ValueError(
-            f"image_mean {list(config.image_mean)} and image_std {list(config.image_std)}: give one number for each "
-            "channel, standard deviations above 0"
-        )
-
-
-def _check_patch_embedding(config: PreTrainedConfig) -> None:
-    """That halving the image step by step reaches one pixel for a patch, and doubling the width the model's width."""
-    if config.patch_embedding == "linear":
-        return
-    steps = config.patch_size.bit_length() - 1
-    if config.patch_size != 1 << steps or steps < 1 or config.hidden_size % (1 << (steps - 1)):
-        raise ValueError(
-            f'patch_embedding="convolutional" halves the image {steps} times and doubles the width from step to step: '
-            f"patch_size {config.patch_size} must be a power of two above 1, and hidden_size {config.hidden_size} a "
-            f"multiple of {1 << max(steps - 1, 0)}"
-        )
-
-
-def _check_tiles(config: PreTrainedConfig) -> None:
-    size = config.image_size
-    stride = size // 2 if config.tile_stride is None else config.tile_stride
-    border = size // 4 if config.tile_border is None else config.tile_border
-    # The border at the right is up to stride - 1 pixels wider, and an image of one tile can reflect size - 1 of its own.
-    if stride < 1 or border < 0 or stride + border > size:
-        raise ValueError(
-            f"tile_stride {config.tile_stride} must be above 0, tile_border {config.tile_border} not below 0, and their sum "
-            f"at most image_size {size}"
-        )
-    if config.tile_batch_size < 1:
-        raise ValueError(f"tile_batch_size must be at least 1, got {config.tile_batch_size}")
 
 
 def _with_encoder_in_auto_map(config_dict: dict[str, Any], encoder: str) -> dict[str, Any]:
@@ -124,7 +74,7 @@ class NIMConfig(ViTMAEConfig):
         degradation (`"noise"` or `"mask"`, *optional*, defaults to `"noise"`):
             `"noise"` is noisy image modeling (Eq. 3-4), `"mask"` is MAE itself (Eq. 1-2).
         sigma (`str`, *optional*, defaults to `"gamma(25, 3)"`):
-            Scale of the noise on 0..255: a number, `"uniform(low, high)"` or `"gamma(shape, scale)"` (section 2.4).
+            Scale of the noise on 0..255: a number or a distribution (section 2.4; see `parse_sigma`).
         norm_pix_loss (`bool`, *optional*, defaults to `True`):
             Whether the target is each patch with its own mean and variance removed.
         patch_statistics (`"input"` or `"noisy"`, *optional*, defaults to `"input"`):
@@ -137,6 +87,8 @@ class NIMConfig(ViTMAEConfig):
         residual_prediction (`bool`, *optional*, defaults to `False`):
             Whether the decoder predicts what to add to the noisy image instead of the clean image (Zhang et al. 2017).
             Needs `degradation="noise"` and `norm_pix_loss=False`.
+        reconstruction_loss (`"mse"` or `"l1"`, *optional*, defaults to `"mse"`):
+            Mean squared or mean absolute error of the reconstruction.
         tile_stride, tile_border (`int`, *optional*):
             How `purify` covers images larger than `image_size`: distance between tiles of that size, and width of the
             reflected border around the image. None is a half and a quarter of `image_size`.
@@ -157,6 +109,7 @@ class NIMConfig(ViTMAEConfig):
     patch_statistics: Literal["input", "noisy"] = "input"
     patch_embedding: Literal["linear", "convolutional"] = "linear"
     residual_prediction: bool = False
+    reconstruction_loss: Literal["mse", "l1"] = "mse"
     tile_stride: int | None = None
     tile_border: int | None = None
     tile_window: Literal["hann", "uniform"] = "hann"
@@ -166,7 +119,7 @@ class NIMConfig(ViTMAEConfig):
 
     def __post_init__(self, **kwargs):
         parse_sigma(self.sigma)
-        _check_sizes(self)
+        check_sizes(self)
         if self.degradation == "mask" and self.norm_pix_loss and self.patch_statistics == "noisy":
             raise ValueError(
                 'patch_statistics="noisy" has no meaning with degradation="mask" and norm_pix_loss=True: a hidden patch '
@@ -174,8 +127,8 @@ class NIMConfig(ViTMAEConfig):
             )
         if self.degradation == "mask" and not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio must be between 0 and 1, got {self.mask_ratio}")
-        _check_patch_embedding(self)
-        _check_tiles(self)
+        check_patch_embedding(self)
+        check_tiles(self)
         if self.degradation == "mask" and self.patch_embedding == "convolutional":
             raise ValueError(
                 'patch_embedding="convolutional" has no meaning with degradation="mask": its windows overlap, so that '
@@ -233,8 +186,8 @@ class NIMClassifierConfig(PreTrainedConfig):
     image_std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self, **kwargs):
-        _check_sizes(self)
-        _check_patch_embedding(self)
+        check_sizes(self)
+        check_patch_embedding(self)
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}")
         super().__post_init__(**kwargs)
@@ -274,7 +227,7 @@ _SIMMIM_CLASSIFIER = {
 
 
 def _fix_simmim_fields(config: BeitConfig, fields: dict[str, bool], kwargs: dict[str, Any]) -> None:
-    _check_sizes(config)
+    check_sizes(config)
     for name, value in fields.items():
         setattr(config, name, value)
     for name in [name for name in kwargs if name.startswith("decoder_")]:
@@ -291,11 +244,13 @@ class NIMSimMIMConfig(BeitConfig):
         degradation (`"noise"` or `"mask"`, *optional*, defaults to `"noise"`):
             `"noise"` is NIM-SimMIM (Eq. 3-4, L1 over all pixels), `"mask"` is SimMIM itself (L1 over masked pixels).
         sigma (`str`, *optional*, defaults to `"gamma(25, 3)"`):
-            Scale of the noise on 0..255: a number, `"uniform(low, high)"` or `"gamma(shape, scale)"` (section 2.4).
+            Scale of the noise on 0..255: a number or a distribution (section 2.4; see `parse_sigma`).
         mask_ratio (`float`, *optional*, defaults to 0.6):
             Share of the image that is masked; the number of masked squares is rounded up.
         mask_patch_size (`int`, *optional*, defaults to 32):
             Side, in pixels, of the squares that are masked whole.
+        reconstruction_loss (`"mse"` or `"l1"`, *optional*, defaults to `"l1"`):
+            Mean squared or mean absolute error of the reconstruction.
         tile_stride, tile_border (`int`, *optional*):
             How `purify` covers images larger than `image_size`: distance between tiles of that size, and width of the
             reflected border around the image. None is a half and a quarter of `image_size`.
@@ -316,6 +271,7 @@ class NIMSimMIMConfig(BeitConfig):
     sigma: str | float | int = "gamma(25, 3)"
     mask_ratio: float = 0.6
     mask_patch_size: int = 32
+    reconstruction_loss: Literal["mse", "l1"] = "l1"
     tile_stride: int | None = None
     tile_border: int | None = None
     tile_window: Literal["hann", "uniform"] = "hann"
@@ -326,7 +282,7 @@ class NIMSimMIMConfig(BeitConfig):
     def __post_init__(self, **kwargs):
         parse_sigma(self.sigma)
         _fix_simmim_fields(self, _SIMMIM_PRETRAINING, kwargs)
-        _check_tiles(self)
+        check_tiles(self)
         if self.degradation == "mask":
             if self.image_size % self.mask_patch_size or self.mask_patch_size % self.patch_size:
                 raise ValueError(
@@ -427,10 +383,12 @@ class NIMPurifiedConfig(PreTrainedConfig):
                 f"image_size {self.image_size} is below the purifier's {smallest}: the purifier covers larger images in tiles "
                 "but cannot shrink; give it at least its own size"
             )
+        num_labels = kwargs.pop("num_labels", None)
+        if num_labels is not None:  # in `from_pretrained`: weights of another number are refused as any classifier's
+            self.classifier_config.num_labels = num_labels
         # The labels are the classifier's, so that the pipeline and the Hub see them where they look.
         kwargs["id2label"] = dict(self.classifier_config.id2label)
         kwargs["label2id"] = {name: index for index, name in kwargs["id2label"].items()}
-        kwargs.pop("num_labels", None)
         if not type(self).__module__.startswith("transformers_modules."):
             # The imported package has its pipeline registered; with this entry transformers would still refuse to build
             # one without trust_remote_code.

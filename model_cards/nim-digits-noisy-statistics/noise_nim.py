@@ -4,8 +4,9 @@
 `pixel_values`; `add_noise` is the one place where sigma meets the normalisation.
 """
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,13 +17,73 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 # Four times the range of levels: of the image nothing is left that a network could use, and 1e9 overflows in float16.
 MAX_SIGMA_255 = 1000
 
-_SPEC = re.compile(r"^\s*(uniform|gamma)\s*\(\s*([^,()]+)\s*,\s*([^,()]+)\s*\)\s*$")
-_SPEC_HELP = 'write a number such as "30", "uniform(low, high)" with 0 <= low < high, or "gamma(shape, scale)"'
+
+@dataclass(frozen=True)
+class Distribution:
+    """A distribution of sigma with two parameters, a and b.
+
+    Args:
+        form: how it is written, and what its parameters must fulfill.
+        holds: whether two numbers, each >= 0, fulfill that.
+        mean: of the distribution, from a and b.
+        large: its largest value where it has one, else a value of its middle, from a and b.
+        draw: `(n,)` float32 draws, from a, b, n, a generator or None, and a device.
+    """
+
+    form: str
+    holds: Callable[[float, float], bool]
+    mean: Callable[[float, float], float]
+    large: Callable[[float, float], float]
+    draw: Callable[[float, float, int, torch.Generator | None, torch.device | str | None], torch.Tensor]
+
+
+def _draw_uniform(low, high, n, generator, device) -> torch.Tensor:
+    return low + (high - low) * torch.rand(n, generator=generator, device=device)
+
+
+def _draw_gamma(shape, scale, n, generator, device) -> torch.Tensor:
+    # torch.distributions.Gamma takes no generator; this is the sampler beneath it.
+    return torch._standard_gamma(torch.full((n,), shape, device=device), generator=generator) * scale
+
+
+def _draw_laplace(center, scale, n, generator, device) -> torch.Tensor:
+    # The difference of two exponential draws follows Laplace's law; 1 - u of u in [0, 1) has a finite logarithm.
+    first, second = (torch.log1p(-torch.rand(n, generator=generator, device=device)) for _ in range(2))
+    return (center + scale * (first - second)).abs()
+
+
+# A new distribution is one more row: how it is written, checked, described and drawn follows from here.
+DISTRIBUTIONS: dict[str, Distribution] = {
+    "uniform": Distribution(
+        "uniform(low, high) with 0 <= low < high",
+        lambda low, high: low < high,
+        lambda low, high: (low + high) / 2,
+        lambda low, high: high,
+        _draw_uniform,
+    ),
+    "gamma": Distribution(
+        "gamma(shape, scale) with both above 0",
+        lambda shape, scale: min(shape, scale) > 0,
+        lambda shape, scale: shape * scale,
+        lambda shape, scale: shape * scale,
+        _draw_gamma,
+    ),
+    "laplace": Distribution(
+        "laplace(center, scale) with a scale above 0, reflected at 0",
+        lambda center, scale: scale > 0,
+        lambda center, scale: center + scale * math.exp(-center / scale),
+        lambda center, scale: center + scale,
+        _draw_laplace,
+    ),
+}
+
+_SPEC = re.compile(rf"^\s*({'|'.join(DISTRIBUTIONS)})\s*\(\s*([^,()]+)\s*,\s*([^,()]+)\s*\)\s*$")
+_SPEC_HELP = f'write a number such as "30", or {", or ".join(law.form for law in DISTRIBUTIONS.values())}'
 
 
 @dataclass(frozen=True)
 class SigmaSpec:
-    """A parsed sigma: `kind` is "fixed" (a = sigma), "uniform" (a = low, b = high) or "gamma" (a = shape, b = scale)."""
+    """A parsed sigma: `kind` is "fixed" (a = sigma), or a name in `DISTRIBUTIONS` (a and b are its parameters)."""
 
     kind: str
     a: float
@@ -31,18 +92,16 @@ class SigmaSpec:
     @property
     def mean(self) -> float:
         """Mean of the distribution, on the scale of 0..255."""
-        return {"fixed": self.a, "uniform": (self.a + self.b) / 2, "gamma": self.a * self.b}[self.kind]
+        return self.a if self.kind == "fixed" else DISTRIBUTIONS[self.kind].mean(self.a, self.b)
 
 
 def parse_sigma(spec: str | float | int) -> SigmaSpec:
-    """Reads a sigma specification: `30`, `"30"`, `"uniform(0, 30)"` or `"gamma(25, 3)"` (shape, scale; section 2.4).
+    """Reads a sigma specification (section 2.4): a number, or a distribution such as `"uniform(0, 30)"` or `"gamma(25, 3)"`.
 
     Raises:
         ValueError: the text is no specification, or a number in it is negative, infinite, out of order or so large that
             sigma is above `MAX_SIGMA_255` (for "gamma", on average).
     """
-    if isinstance(spec, SigmaSpec):
-        return spec
     kind, numbers = "fixed", (spec,)  # a number stays one: in a compiled graph it may be symbolic
     if isinstance(spec, bool) or not isinstance(spec, (int, float)):
         match = _SPEC.match(str(spec))
@@ -52,24 +111,13 @@ def parse_sigma(spec: str | float | int) -> SigmaSpec:
             raise ValueError(f"sigma {spec!r} is not understood: {_SPEC_HELP}") from None
     if not all(0 <= number < float("inf") for number in numbers):
         raise ValueError(f"sigma must be >= 0 and finite, got {spec!r}: {_SPEC_HELP}")
-    if kind == "uniform" and numbers[0] >= numbers[1]:
-        raise ValueError(f"sigma {spec!r} is an empty range: {_SPEC_HELP}")
-    if kind == "gamma" and min(numbers) == 0:
-        raise ValueError(f"sigma {spec!r} needs a shape and a scale above 0: {_SPEC_HELP}")
+    if kind != "fixed" and not DISTRIBUTIONS[kind].holds(*numbers):
+        raise ValueError(f"sigma {spec!r} must be {DISTRIBUTIONS[kind].form}: {_SPEC_HELP}")
     parsed = SigmaSpec(kind, *numbers)
-    largest = parsed.b if kind == "uniform" else parsed.mean
+    largest = parsed.a if kind == "fixed" else DISTRIBUTIONS[kind].large(parsed.a, parsed.b)
     if not largest <= MAX_SIGMA_255:
         raise ValueError(f"sigma {spec!r} leaves nothing of an image: it is on 0..255, so use at most {MAX_SIGMA_255}")
     return parsed
-
-
-def _draw_sigma(spec: SigmaSpec, batch_size: int, generator: torch.Generator | None, device) -> torch.Tensor:
-    if spec.kind == "uniform":
-        unit = torch.rand(batch_size, generator=generator, device=device)
-        return spec.a + (spec.b - spec.a) * unit
-    # torch.distributions.Gamma takes no generator; this is the sampler beneath it.
-    shape = torch.full((batch_size,), spec.a, device=device)
-    return torch._standard_gamma(shape, generator=generator) * spec.b
 
 
 def sample_sigma(
@@ -88,9 +136,10 @@ def sample_sigma(
     spec = parse_sigma(spec)
     if spec.kind == "fixed":
         return torch.full((batch_size,), spec.a, device=device)
+    draw = DISTRIBUTIONS[spec.kind].draw
     if generator is None:
-        return _draw_sigma(spec, batch_size, None, device)
-    draws = [_draw_sigma(spec, 1, g, g.device) for g in generators_per_image(generator, batch_size)]
+        return draw(spec.a, spec.b, batch_size, None, device)
+    draws = [draw(spec.a, spec.b, 1, g, g.device) for g in generators_per_image(generator, batch_size)]
     return torch.cat(draws).to(device)
 
 
@@ -197,10 +246,13 @@ def add_noise(
         image_std: the standard deviation that the images were normalised with.
 
     Raises:
-        ValueError: a negative number for sigma, or shapes that do not fit.
+        ValueError: a negative number or a distribution for sigma, or shapes that do not fit.
     """
     if not isinstance(sigma, torch.Tensor):
-        sigma = torch.full((1,), parse_sigma(sigma).a, device=pixel_values.device)
+        spec = parse_sigma(sigma)
+        if spec.kind != "fixed":
+            raise ValueError(f"sigma {sigma!r} is a distribution: draw one number per image from it with sample_sigma")
+        sigma = torch.full((1,), spec.a, device=pixel_values.device)
     if sigma.ndim > 1 or (sigma.ndim == 1 and sigma.shape[0] not in (1, pixel_values.shape[0])):
         raise ValueError(
             f"sigma has shape {tuple(sigma.shape)} for {pixel_values.shape[0]} images: pass one number or one per image"

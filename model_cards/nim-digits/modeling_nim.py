@@ -9,6 +9,7 @@ from transformers import initialization as init
 from transformers.core_model_loading import ConversionOps
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.models.vit_mae.modeling_vit_mae import (
+    ViTMAEAttention,
     ViTMAEDecoder,
     ViTMAEEmbeddings,
     ViTMAEForPreTraining,
@@ -17,6 +18,7 @@ from transformers.models.vit_mae.modeling_vit_mae import (
     ViTMAEModelOutput,
     ViTMAEPreTrainedModel,
 )
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_nim import NIMClassifierConfig, NIMConfig
 from .image_processing import ImageProcessorMixin
@@ -158,15 +160,13 @@ class NIMPreTrainedModel(ImageProcessorMixin, ViTMAEPreTrainedModel):
 
     config_class = NIMConfig
     base_model_prefix = "vit"
+    _no_split_modules = ["NIMEmbeddings", "NIMLayer", "ViTMAEDecoder"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        if getattr(module, "_is_classification_head", False):
-            init.trunc_normal_(module.weight, std=2e-5)  # MAE starts its fine-tuning from a head of almost zero
-            init.zeros_(module.bias)
-        elif isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear):
             fan_out, fan_in = module.weight.shape
-            if getattr(module, "_is_fused_projection", False):
+            if self._is_attention_input(module):
                 fan_out *= 3  # the reference holds q, k and v in one matrix, and Xavier's bound counts all of it
             bound = (6 / (fan_in + fan_out)) ** 0.5
             init.uniform_(module.weight, -bound, bound)
@@ -188,28 +188,49 @@ class NIMPreTrainedModel(ImageProcessorMixin, ViTMAEPreTrainedModel):
             init.normal_(module.mask_token, std=self.config.initializer_range)
             self._fill_positions(module.decoder_pos_embed)
 
+    def _is_attention_input(self, linear: nn.Linear) -> bool:
+        attentions = (module for module in self.modules() if isinstance(module, ViTMAEAttention))
+        return any(linear is part for a in attentions for part in (a.q_proj, a.k_proj, a.v_proj))
+
     @staticmethod
     def _fill_positions(table: nn.Parameter):
         init.copy_(table, sincos_position_table(int((table.shape[1] - 1) ** 0.5), table.shape[2]))
 
 
+class NIMLayer(ViTMAELayer):
+    """ViT-MAE's layer with stochastic depth on both of its branches."""
+
+    def __init__(self, config: NIMConfig | NIMClassifierConfig, drop_path_rate: float = 0.0):
+        super().__init__(config)
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> torch.Tensor:
+        attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
+        hidden_states = self.drop_path(self.dropout(attended)) + hidden_states
+        expanded = self.mlp(self.layernorm_after(hidden_states))
+        return self.drop_path(self.dropout(expanded)) + hidden_states
+
+
 class NIMModel(NIMPreTrainedModel, ViTMAEModel):
-    """The encoder. Unlike its parent it sees every patch unless it is given the order in which to hide them."""
+    """The encoder. Unlike its parent it sees every patch unless it is given the order in which to hide them.
 
-    def __init__(self, config: NIMConfig | NIMClassifierConfig):
+    With `add_final_norm=False` it ends without a norm, for a classifier that pools first. `drop_path_rate` of the
+    configuration, where it has one, rises linearly from 0 at the first layer.
+    """
+
+    def __init__(self, config: NIMConfig | NIMClassifierConfig, add_final_norm: bool = True):
         NIMPreTrainedModel.__init__(self, config)
-        self.config = config
         self.embeddings = NIMEmbeddings(config)
-        self.layers = nn.ModuleList([ViTMAELayer(config) for _ in range(config.num_hidden_layers)])
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        _mark_fused_projections(self)
+        rate, last = getattr(config, "drop_path_rate", 0.0), max(config.num_hidden_layers - 1, 1)
+        self.layers = nn.ModuleList(
+            [NIMLayer(config, rate * index / last) for index in range(config.num_hidden_layers)]
+        )
+        self.layernorm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if add_final_norm else nn.Identity()
+        )
         self.post_init()
-
-
-def _mark_fused_projections(model: nn.Module):
-    for name, module in model.named_modules():
-        if name.endswith(("q_proj", "k_proj", "v_proj")):
-            module._is_fused_projection = True
 
 
 class NIMForPreTraining(NIMPreTrainingMixin, NIMPreTrainedModel):
@@ -230,7 +251,6 @@ class NIMForPreTraining(NIMPreTrainingMixin, NIMPreTrainedModel):
         super().__init__(config)
         self.vit = NIMModel(config)
         self.decoder = ViTMAEDecoder(config, num_patches=self.vit.embeddings.patch_embeddings.num_patches)
-        _mark_fused_projections(self.decoder)
         # Without masks the token is outside the graph; a trainable parameter without a gradient stops DDP.
         self.decoder.mask_token.requires_grad_(config.degradation == "mask")
         self.post_init()
@@ -275,13 +295,13 @@ class NIMForPreTraining(NIMPreTrainingMixin, NIMPreTrainedModel):
         )
 
     def forward_loss(self, pixel_values: torch.Tensor, output: NIMForPreTrainingOutput) -> torch.Tensor:
-        """The mean squared error of `output.logits` against clean images `(B, C, H, W)`: over every patch (Eq. 4), or over
-        the hidden ones (Eq. 2)."""
+        """The mean error (`reconstruction_loss`) of `output.logits` against clean images `(B, C, H, W)`: over every
+        patch (Eq. 4), or over the hidden ones (Eq. 2)."""
         target = self.patchify(pixel_values)  # (B, N, patch * patch * C)
         if self.config.norm_pix_loss:
             mean, std = self._target_statistics(pixel_values, output.degraded_pixel_values)
             target = (target - mean) / std
-        loss_per_patch = (output.logits - target).square().mean(dim=-1)  # (B, N)
+        loss_per_patch = self._error(output.logits, target).mean(dim=-1)  # (B, N)
         if output.mask is None:
             return loss_per_patch.mean()
         return (loss_per_patch * output.mask).sum() / output.mask.sum()
@@ -350,29 +370,31 @@ class NIMForImageClassification(NIMPreTrainedModel):
     def __init__(self, config: NIMClassifierConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.vit = NIMModel(config)
-        self.vit.layernorm = nn.Identity()  # its place is taken by fc_norm, after the pooling
-        last = max(config.num_hidden_layers - 1, 1)
-        for index, layer in enumerate(self.vit.layers):
-            # A layer applies `dropout` to each branch before its residual sum: stochastic depth belongs right there.
-            layer.dropout = nn.Sequential(layer.dropout, DropPath(config.drop_path_rate * index / last))
+        self.vit = NIMModel(config, add_final_norm=False)  # the norm's place is taken by fc_norm, after the pooling
         self.fc_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.classifier._is_classification_head = True
         self.post_init()
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if module is self.classifier:
+            init.trunc_normal_(module.weight, std=2e-5)  # MAE starts its fine-tuning from a head of almost zero
+            init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+    @can_return_tuple
     def forward(
         self,
         pixel_values: torch.Tensor,
         labels: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        return_dict: bool | None = None,
         **kwargs,
     ) -> ImageClassifierOutput | tuple:
         r"""
         Args:
             pixel_values: `(B, 3, H, W)`, normalised.
-            labels: `(B,)` class indices; adds the cross-entropy as `loss`. Soft targets belong in the training loop.
+            labels: adds `loss`, see `classification_loss`. Soft targets belong in the training loop.
             interpolate_pos_encoding: takes other image sizes, with positions interpolated in two dimensions.
 
         Returns:
@@ -381,24 +403,31 @@ class NIMForImageClassification(NIMPreTrainedModel):
         encoded = self.vit(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
         pooled = encoded.last_hidden_state[:, 1:].mean(dim=1)  # (B, D)
         logits = self.classifier(self.fc_norm(pooled))  # (B, num_labels)
-        output = ImageClassifierOutput(
-            loss=None if labels is None else classification_loss(logits, labels),
+        return ImageClassifierOutput(
+            loss=None if labels is None else classification_loss(logits, labels, self.config.problem_type),
             logits=logits,
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
-        return output if return_dict is not False else output.to_tuple()
 
 
-def classification_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of class indices.
+def classification_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type: str | None = None) -> torch.Tensor:
+    """Cross-entropy of class indices `(B,)`, or what `problem_type` of the configuration asks for by name.
+
+    `"regression"` is the mean squared error to labels of the logits' shape (or `(B,)` for one output), and
+    `"multi_label_classification"` the binary cross-entropy to labels `(B, num_labels)`.
 
     Raises:
-        ValueError: the labels are no `(B,)` integers; soft targets would otherwise turn silently into another loss.
+        ValueError: without a problem type, the labels are no `(B,)` integers; soft targets would otherwise turn silently into
+            another loss.
     """
+    if problem_type == "regression":
+        return nn.functional.mse_loss(logits, labels.to(logits).view_as(logits))
+    if problem_type == "multi_label_classification":
+        return nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits))
     if labels.dtype.is_floating_point or labels.ndim != 1:
         raise ValueError(
             f"labels must be class indices of shape (batch,), got {labels.dtype} of shape {tuple(labels.shape)}: compute "
-            "the loss of soft targets from the logits"
+            "the loss of soft targets from the logits, or set problem_type in the configuration"
         )
     return nn.functional.cross_entropy(logits, labels)

@@ -101,6 +101,14 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         """The parts initialise themselves; nothing stands between them."""
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The purifier's projection of patches, the first weights that the images meet."""
+        return self.purifier.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Puts another projection of patches in the purifier's place of it."""
+        self.purifier.set_input_embeddings(value)
+
     @classmethod
     def from_parts(
         cls,
@@ -270,7 +278,7 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, PreTrainedModel):
         r"""
         Args:
             pixel_values: `(B, 3, H, W)`, `config.image_size` pixels on each side, in the purifier's normalization.
-            labels: `(B,)` class indices; adds the cross-entropy as `loss`.
+            labels: adds `loss`, see `classification_loss`; the classifier's `problem_type` counts.
             sigma: scale of the noise on 0..255, a specification, one per image `(B,)` or one per vote `(B, K)`; None is the
                 configuration's.
             epsilon: `(B, 3, H, W)`, or `(B, K, 3, H, W)` for K votes; drawn when None.
@@ -306,17 +314,26 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, PreTrainedModel):
         purified = self.purifier.restore(degraded, hidden, pixel_values)  # (B * K, 3, H, W)
         classified = self.classifier(self.prepare_for_classifier(purified), **kwargs)
         logits = classified.logits  # (B * K, num_labels)
+        problem_type = self.config.classifier_config.problem_type
         if votes > 1:
-            log_probabilities = logits.float().log_softmax(dim=-1).view(batch_size, votes, -1)
-            logits = torch.logsumexp(log_probabilities, dim=1) - torch.tensor(float(votes)).log()  # (B, num_labels)
+            logits = _mean_of_votes(logits.float().view(batch_size, votes, -1), problem_type)  # (B, num_labels)
         return NIMPurifiedOutput(
-            loss=None if labels is None else classification_loss(logits, labels),
+            loss=None if labels is None else classification_loss(logits, labels, problem_type),
             logits=logits,
             hidden_states=_of_first_vote(getattr(classified, "hidden_states", None), votes),
             attentions=_of_first_vote(getattr(classified, "attentions", None), votes),
             degraded_pixel_values=self.purifier.hide(degraded[::votes], None if hidden is None else hidden[::votes]),
             purified_pixel_values=purified[::votes],
         )
+
+
+def _mean_of_votes(logits: torch.Tensor, problem_type: str | None) -> torch.Tensor:
+    """Logits `(B, K, num_labels)` of K votes as those `(B, num_labels)` of their mean probabilities, or their mean values."""
+    if problem_type == "regression":
+        return logits.mean(dim=1)
+    if problem_type == "multi_label_classification":
+        return logits.sigmoid().mean(dim=1).logit()
+    return torch.logsumexp(logits.log_softmax(dim=-1), dim=1) - torch.tensor(float(logits.shape[1])).log()
 
 
 def _one_per_vote(generator: Generators, batch_size: int, votes: int) -> Generators:

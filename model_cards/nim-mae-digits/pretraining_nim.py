@@ -259,6 +259,11 @@ class NIMPreTrainingMixin:
         patches = images.reshape(batch_size, channels, height // patch, patch, width // patch, patch)
         return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
+    def _error(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """What `reconstruction_loss` averages."""
+        difference = prediction - target
+        return difference.square() if self.config.reconstruction_loss == "mse" else difference.abs()
+
     def _tiles(self, height: int, width: int, interpolate_pos_encoding: bool = False) -> TileGrid | None:
         """The tiles of larger images; None where the model takes the images in one piece."""
         config, size = self.config, self.config.image_size

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import TINY
-from test_numerics import CLASSIFIERS, PURIFIERS, every_purifier
+from test_numerics import CLASSIFIERS, PURIFIERS, every_purifier, nim_mae, nim_simmim
 
 from modeling_nim import NIMPurifiedImageClassification
 from modeling_nim.noise_nim import clamp_to_image_range
@@ -125,3 +125,75 @@ def test_a_hiding_purifier_shows_what_it_hid(pixel_values):
     assert torch.equal(output.degraded_pixel_values, expected.degraded_pixel_values)
     zeros = (output.degraded_pixel_values == 0).all(dim=1).float().mean(dim=(1, 2))
     assert zeros.tolist() == [0.75] * 4
+
+
+@pytest.mark.parametrize("degradation", ["noise", "mask"])
+@pytest.mark.parametrize("build", [nim_mae, nim_simmim])
+def test_one_field_chooses_the_error_of_both_families(build, degradation, pixel_values):
+    assert (nim_mae().config.reconstruction_loss, nim_simmim().config.reconstruction_loss) == ("mse", "l1")
+    for kind, error in (("mse", torch.square), ("l1", torch.abs)):
+        model = build(
+            degradation=degradation, reconstruction_loss=kind, **({"norm_pix_loss": False} if build is nim_mae else {})
+        )
+        output = model(pixel_values, generator=torch.Generator().manual_seed(1))
+        errors = error(output.reconstruction - pixel_values)
+        if output.mask is not None:
+            hidden = output.mask.view(4, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3).bool()
+            errors = errors[hidden.expand_as(errors)]
+        torch.testing.assert_close(output.loss, errors.mean())
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@every_purifier
+def test_both_ways_of_checkpointing_give_the_same_gradients(name, use_reentrant, pixel_values):
+    model = PURIFIERS[name]().train()
+    draws = model.draw(4, seeded(1, 2, 3, 4))
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model.zero_grad()
+        model(pixel_values.clone().requires_grad_(), **draws).loss.backward()
+        gradients.append(
+            {key: weight.grad.clone() for key, weight in model.named_parameters() if weight.grad is not None}
+        )
+    assert gradients[0].keys() == gradients[1].keys()
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], gradient, msg=key)
+
+
+@pytest.mark.parametrize("votes", [1, 3])
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_other_kinds_of_labels_are_taken_where_the_configuration_says_so(name, votes, pixel_values):
+    classifier = CLASSIFIERS[name]()
+    soft = torch.rand(4, 5)
+    for problem_type, loss, votes_of in (
+        ("regression", torch.nn.functional.mse_loss, lambda logits: logits),
+        ("multi_label_classification", torch.nn.functional.binary_cross_entropy_with_logits, torch.sigmoid),
+    ):
+        with pytest.raises(ValueError, match="or set problem_type"):
+            classifier.config.problem_type = None
+            classifier(pixel_values, labels=soft)
+        classifier.config.problem_type = problem_type
+        output = classifier(pixel_values, labels=soft)
+        torch.testing.assert_close(output.loss, loss(output.logits, soft))
+        model = NIMPurifiedImageClassification.from_parts(PURIFIERS["nim_mae"](), classifier, sigma=50)
+        draws = model.draw(4, seeded(1, 2, 3, 4), num_votes=votes)
+        output = model(pixel_values, labels=soft, **draws)
+        torch.testing.assert_close(output.loss, loss(output.logits, soft))
+        single = [
+            model(pixel_values, **{key: draw[:, vote] if votes > 1 else draw for key, draw in draws.items()}).logits
+            for vote in range(votes)
+        ]
+        torch.testing.assert_close(
+            votes_of(output.logits), torch.stack([votes_of(x) for x in single]).mean(0), atol=1e-5, rtol=1e-4
+        )
+
+
+def test_another_number_of_labels_is_refused_or_given_a_fresh_head(tmp_path, pixel_values):
+    defended("nim_mae").save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="(?s)size mismatch|ignore_mismatched_sizes"):
+        NIMPurifiedImageClassification.from_pretrained(tmp_path, num_labels=42)
+    model = NIMPurifiedImageClassification.from_pretrained(tmp_path, num_labels=42, ignore_mismatched_sizes=True)
+    assert model(pixel_values).logits.shape == (4, 42) and model.config.num_labels == 42
+    assert NIMPurifiedImageClassification.from_pretrained(tmp_path).config.num_labels == 5

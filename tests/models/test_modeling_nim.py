@@ -202,7 +202,7 @@ def test_drop_path_drops_whole_branches_and_keeps_the_mean():
 
 def test_drop_path_rises_with_depth(pixel_values):
     model = NIMForImageClassification(NIMClassifierConfig(**{**TINY, "num_hidden_layers": 3}, drop_path_rate=0.2))
-    assert [layer.dropout[1].rate for layer in model.vit.layers] == [0.0, 0.1, 0.2]
+    assert [layer.drop_path.rate for layer in model.vit.layers] == [0.0, 0.1, 0.2]
 
 
 def test_fine_tuning_starts_from_a_pretrained_directory(purifier, tmp_path, caplog):

@@ -1,10 +1,13 @@
 """Sigma specifications, the draws, and Eq. 3."""
 
+import re
+
 import pytest
 import torch
 from scipy import stats
 
 from modeling_nim.noise_nim import (
+    DISTRIBUTIONS,
     add_noise,
     clamp_to_image_range,
     degrade,
@@ -31,6 +34,7 @@ def seeded(seed: int = 0) -> torch.Generator:
         (" 2.5 ", ("fixed", 2.5, 0.0)),
         ("uniform(0, 30)", ("uniform", 0.0, 30.0)),
         ("gamma( 25,3 )", ("gamma", 25.0, 3.0)),
+        ("laplace(30, 10)", ("laplace", 30.0, 10.0)),
     ],
 )
 def test_parse_sigma_reads_every_form(spec, expected):
@@ -40,16 +44,47 @@ def test_parse_sigma_reads_every_form(spec, expected):
 
 @pytest.mark.parametrize(
     "spec",
-    ["", "normal(0, 1)", "uniform(30)", "uniform(30, 30)", "gamma(0, 3)", "gamma(25, x)", "-1", -1, "nan", "inf"],
+    [
+        "",
+        "normal(0, 1)",
+        "uniform(30)",
+        "uniform(30, 30)",
+        "gamma(0, 3)",
+        "laplace(30, 0)",
+        "gamma(25, x)",
+        "-1",
+        -1,
+        "nan",
+        "inf",
+    ],
 )
 def test_parse_sigma_refuses_and_says_what_to_write(spec):
     with pytest.raises(ValueError, match="sigma.*write a number such as"):
         parse_sigma(spec)
 
 
+class Folded:
+    """|X| for X of Laplace's law: P(|X| <= x) is P(X <= x) - P(X < -x)."""
+
+    def __init__(self, center, scale):
+        self.law = stats.laplace(center, scale)
+
+    def cdf(self, x):
+        return self.law.cdf(x) - self.law.cdf(-x)
+
+    def mean(self):
+        return self.law.expect(abs)
+
+
 @pytest.mark.parametrize("generator", [None, seeded(7)])
 @pytest.mark.parametrize(
-    ("spec", "law"), [("uniform(10, 40)", stats.uniform(10, 30)), ("gamma(25, 3)", stats.gamma(25, scale=3))]
+    ("spec", "law"),
+    [
+        ("uniform(10, 40)", stats.uniform(10, 30)),
+        ("gamma(25, 3)", stats.gamma(25, scale=3)),
+        ("laplace(60, 10)", Folded(60, 10)),
+        ("laplace(5, 10)", Folded(5, 10)),
+    ],
 )
 def test_sampled_sigma_follows_its_distribution(spec, law, generator):
     sigma = sample_sigma(spec, 4000, generator)
@@ -118,3 +153,16 @@ def test_clamp_is_the_image_range_and_lets_gradients_through_inside_it():
     torch.testing.assert_close(clamped[0, :, 0], torch.tensor([0.0, 0.25, 1.0]).expand(3, 3))
     clamped.sum().backward()
     torch.testing.assert_close(images_01.grad[0, :, 0], torch.tensor([0.0, 1.0, 0.0]).expand(3, 3))
+
+
+def test_every_distribution_says_how_it_is_written():
+    for name, law in DISTRIBUTIONS.items():
+        with pytest.raises(ValueError, match=re.escape(law.form)):
+            parse_sigma("-1")
+        assert law.form.startswith(f"{name}(")
+
+
+def test_one_sigma_is_added_and_no_distribution():
+    images = torch.zeros(2, 3, 4, 4)
+    with pytest.raises(ValueError, match="is a distribution: draw one number per image"):
+        add_noise(images, "gamma(25, 3)", torch.ones_like(images), STD)
