@@ -146,7 +146,7 @@ class Defended:
     @classmethod
     def from_parts(cls, purifier: str, classifier: str) -> "Defended":
         """Any purifier of the package before any image classifier, which says how its images are prepared."""
-        from modeling_nim import NIMPurifiedImageClassification
+        from modeling_nim import NIMPurifiedImageClassification, image_processor_for
 
         parts = [
             auto_class.from_pretrained(name, trust_remote_code=True)
@@ -154,7 +154,7 @@ class Defended:
         ]
         model = NIMPurifiedImageClassification.from_parts(*parts)
         title = "Defended: noise, denoiser, a classifier that was not trained for it"
-        return cls(model, AutoImageProcessor.from_pretrained(classifier), title)
+        return cls(model, image_processor_for(model.config), title)
 
     def output(self, images_01: torch.Tensor, sigma_255: float, generator: Any, votes: int = 1) -> Any:
         pixel_values = (images_01 - self.mean) / self.std

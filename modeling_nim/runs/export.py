@@ -59,8 +59,8 @@ class DefendedLogits(nn.Module):
 
     def example(self, noise: Literal["inside", "input"], batch_size: int = 2) -> tuple[torch.Tensor, ...]:
         """Random inputs of the right shapes, from the global random state."""
-        config = self.model.config.purifier_config
-        shape = (config.num_channels, config.image_size, config.image_size)
+        config = self.model.config
+        shape = (config.purifier_config.num_channels, config.image_size, config.image_size)
         votes = () if self.num_votes == 1 else (self.num_votes,)
         draws = {"inside": (), "input": (torch.randn(batch_size, *votes, *shape),)}[noise]
         return (torch.randn(batch_size, *shape), *draws)
@@ -69,7 +69,7 @@ class DefendedLogits(nn.Module):
         """How images are prepared, what the classes are called, and what the defence does."""
         config = self.model.config
         return {
-            "image_size": config.purifier_config.image_size,
+            "image_size": config.image_size,
             "image_mean": list(config.image_mean),
             "image_std": list(config.image_std),
             "id2label": {str(index): label for index, label in config.id2label.items()},

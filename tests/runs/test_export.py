@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from reference import load_script
+from transformers import ViTConfig, ViTForImageClassification
 
 from modeling_nim import NIMConfig, NIMForPreTraining, NIMPurifiedImageClassification
 from modeling_nim.runs.errors import run_main
@@ -100,6 +101,23 @@ def test_votes_are_an_axis_of_epsilon_and_facts_travel_with_the_file(tmp_path, p
     extra = {FACTS: ""}
     torch.export.load(tmp_path / "votes.pt2", extra_files=extra)
     assert facts.items() <= json.loads(extra[FACTS]).items()
+
+
+def test_a_purifier_in_tiles_is_exported_too(tmp_path, purifier):
+    torch.manual_seed(0)
+    sizes = {"image_size": 40, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vit = ViTForImageClassification(ViTConfig(**sizes, intermediate_size=64, num_labels=5)).eval()
+    torch.nn.init.normal_(vit.classifier.weight)
+    settings = {"classifier_image_mean": [0.5] * 3, "classifier_image_std": [0.5] * 3}
+    with pytest.warns(UserWarning, match="in overlapping tiles"):
+        model = NIMPurifiedImageClassification.from_parts(purifier, vit, **settings).eval()
+    for name, format in (("tiles.onnx", "onnx"), ("tiles.pt2", "torch_export")):
+        export_defended(DefendedLogits(model), tmp_path / name, format, "input")
+        pixel_values, epsilon = torch.randn(2, 3, 3, 40, 40)
+        with torch.no_grad():
+            expected = model(pixel_values, epsilon=epsilon).logits
+            found = load_exported(tmp_path / name)(pixel_values, epsilon)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_file_that_is_another_model_s_is_found_out(tmp_path, purifier, classifier):
