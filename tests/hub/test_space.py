@@ -199,6 +199,8 @@ def test_a_purifier_and_any_classifier_make_a_page(app, tmp_path):
         rows = shown_by(app, page, photograph, 8, 30, 1, 0, name="nim-mae-digits")
     assert rows["defended"]["purified"].size == rows["defended"]["clean"].size
     assert "class" in rows["defended"]["verdict"]
+    first = page.run_first("nim-mae-digits", photograph, 8, 30, 1, 0)  # a larger image, in tiles: it waits
+    assert "Press Attack" in first[0] and all(not value or "Press Attack" in value for value in first)
     with pytest.raises(ValueError, match="two parts of one model"):
         app.make_choices(argparse.Namespace(models=[], undefended=None, hardened=None, purifier="p", classifier=None))
 
