@@ -226,6 +226,8 @@ class NIMPreTrainingMixin:
     def _restore_in_batches(
         self, degraded: torch.Tensor, hidden: torch.Tensor | None, pixel_values: torch.Tensor
     ) -> torch.Tensor:
+        if torch.compiler.is_exporting():  # a graph for every batch size has no loop over batches
+            return self._restore(degraded, hidden, pixel_values)
         size = self.config.tile_batch_size
         batches = zip(
             degraded.split(size),
