@@ -15,11 +15,16 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# Pre-train, fine-tune on original and on denoised images, attack, draw: the paper on handwritten digits.
+# Pre-train, fine-tune on original and on denoised images, harden both, attack, draw: the paper on handwritten digits and what
+# adversarial training adds to it. The undefended and the defended model are trained side by side, a thread each.
 demo: setup
 	$(LAUNCH) scripts/run_pretrain.py $(DIGITS)/pretrain_nim_mae.yaml
-	$(LAUNCH) scripts/run_finetune.py $(DIGITS)/finetune_original.yaml
-	$(LAUNCH) scripts/run_finetune.py $(DIGITS)/finetune_denoised.yaml
+	export OMP_NUM_THREADS=1; \
+	( $(LAUNCH) scripts/run_finetune.py $(DIGITS)/finetune_original.yaml && \
+	  $(LAUNCH) scripts/run_finetune.py $(DIGITS)/finetune_adversarial.yaml ) & undefended=$$!; \
+	$(LAUNCH) scripts/run_finetune.py $(DIGITS)/finetune_denoised.yaml && \
+	$(LAUNCH) scripts/run_finetune.py $(DIGITS)/finetune_hardened.yaml; defended=$$?; \
+	wait $$undefended && exit $$defended
 	$(LAUNCH) scripts/run_attack.py $(DIGITS)/attack.yaml
 	$(BIN)/python scripts/reports/figures.py outputs/demo
 
