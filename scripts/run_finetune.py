@@ -26,7 +26,7 @@ from typing import Annotated, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -37,7 +37,7 @@ from modeling_nim.data.augment import AugmentationRecipe, augment
 from modeling_nim.data.evaluation import BAD_IMAGE_LABEL, EvaluationImages, evaluation_loader
 from modeling_nim.data.loader import CropRecipe, TrainingImages, to_images_01, training_loader
 from modeling_nim.noise_nim import MAX_SIGMA_255
-from modeling_nim.runs.bounds import Bounds, Seed, check_fields
+from modeling_nim.runs.bounds import Bounds, Count, Seed, check_fields
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.locks import lock_output_dir
 from modeling_nim.runs.recipe import parse_command_line
@@ -48,8 +48,10 @@ from modeling_nim.training.finetuning import FeatureLossRecipe, Finetuning
 from modeling_nim.training.models import (
     enable_activation_checkpointing,
     load_classifier,
+    load_frozen_classifier,
     load_purifier,
     save_model_dir,
+    set_attention,
     write_model_dir,
 )
 from modeling_nim.training.optimization import (
@@ -92,13 +94,16 @@ class FinetuneRecipe:
     output_dir: str  # where model, checkpoints and log go; a run there is continued
     data: DataRecipe
     optimization: OptimizationRecipe
-    init: str  # the pre-trained model: a directory or a Hub id
+    init: str  # a pre-trained model, a classifier or a composed model: a directory or a Hub id
+    trust_remote_code: bool = False  # of a frozen classifier: runs the Python code beside its weights
     # what the classifier learns from: images as they are, or as the defense hands them on (Eq. 10)
     images: Literal["original", "denoised"] = "original"
     sigma: str | float = "uniform(0, 30)"  # of the noise that is denoised in training; the paper's
     purifier: str | None = None  # None: `init` itself, where images are denoised
     # of the composed model and of validation
     defense_sigma: Annotated[float, Bounds(least=0, most=MAX_SIGMA_255)] = 30.0
+    # of the training images; larger than the purifier's, they are purified in tiles
+    image_size: Count | None = None
     # share of residual branches left out at the last layer; earlier layers get less
     drop_path_rate: Annotated[float, Bounds(least=0, below=1)] = 0.0
     # share of the target that is spread over all classes
@@ -125,6 +130,11 @@ class FinetuneRecipe:
         if self.images == "original" and self.consistency.num_draws > 1:
             raise ValueError(
                 f"consistency.num_draws {self.consistency.num_draws} are draws of the purifier's noise: set images=denoised"
+            )
+        if self.image_size is not None and (self.images == "original" or self.adversary.trains != "purifier"):
+            raise ValueError(
+                f"image_size {self.image_size} is for a purifier that learns on images larger than its own, before a frozen "
+                f"classifier: set images=denoised adversary.trains=purifier, or leave it out"
             )
         if self.feature_loss.weight and self.adversary.trains != "purifier":
             raise ValueError(
@@ -153,7 +163,9 @@ def main() -> int:
     set_seed(recipe.seed, device_specific=True)  # for dropout, if a model has any
     finetuning = Finetuning(accelerator, recipe, model, purified_model)
     config = finetuning.config
-    images = TrainingImages(source, recipe.crop, config.image_size, recipe.seed, recipe.data.on_bad_image)
+    images = TrainingImages(
+        source, recipe.crop, recipe.image_size or config.image_size, recipe.seed, recipe.data.on_bad_image
+    )
 
     # Where to begin: everything that is random about an image depends on (seed, epoch, image), not on what was before
     lock_output_dir(accelerator, recipe.output_dir)
@@ -175,8 +187,7 @@ def main() -> int:
     micro_losses = []
     for batch in reporter.timed(loader):
         images_01 = to_images_01(batch["pixels"])  # (B, 3, H, W)
-        targets = torch.nn.functional.one_hot(batch["labels"], config.num_labels).float()
-        targets = targets * (1 - recipe.label_smoothing) + recipe.label_smoothing / config.num_labels
+        targets = finetuning.targets(batch["labels"])  # (B, num_labels)
         which = (batch["epochs"], batch["indices"])
         drop_paths.draw(recipe.seed, *which, accelerator.device)
         statistics = (config.image_mean, config.image_std)  # for random erasing
@@ -235,21 +246,30 @@ def make_models(
 
     Trained is the classifier, or the composed model where the purifier learns too (a frozen classifier included).
     """
-    trains = recipe.adversary.trains
-    classifier = load_classifier(recipe.init, class_names, recipe.drop_path_rate)
+    trains, execution = recipe.adversary.trains, recipe.execution
+    if accelerator.distributed_type == DistributedType.FSDP and (
+        trains != "classifier" or recipe.adversary.attack != "none"
+    ):
+        raise ValueError("the adversary section asks whole models: launch with DDP instead of FSDP")
     if trains == "purifier":
-        classifier.requires_grad_(False).eval()
+        classifier = load_frozen_classifier(recipe.init, recipe.trust_remote_code)
+    else:
+        classifier = load_classifier(recipe.init, class_names, recipe.drop_path_rate)
     purified_model, parts = None, [classifier]
     if recipe.purifier:
         purifier = load_purifier(recipe.purifier, trainable=trains != "classifier").to(accelerator.device)
-        if recipe.execution.compile and trains == "classifier":
+        if execution.compile and trains == "classifier":
             purifier.reconstruct = torch.compile(purifier.reconstruct)
-        purified_model = NIMPurifiedImageClassification.from_parts(purifier, classifier, recipe.defense_sigma)
+        size = recipe.image_size
+        purified_model = NIMPurifiedImageClassification.from_parts(
+            purifier, classifier, recipe.defense_sigma, image_size=size, classifier_image_size=size
+        )
         parts.append(purifier)
-    for part in parts:  # once composed: composing sets the attention of its parts
-        if recipe.execution.attn_implementation:
-            part.set_attn_implementation(recipe.execution.attn_implementation)
-        if recipe.execution.gradient_checkpointing and any(weight.requires_grad for weight in part.parameters()):
+    # once composed: composing sets the attention of its parts
+    settings = (execution.attn_implementation, execution.mixed_precision, accelerator.device)
+    accelerator.print(f"attention: {set_attention(parts, *settings)}")
+    for part in parts:
+        if execution.gradient_checkpointing and any(weight.requires_grad for weight in part.parameters()):
             enable_activation_checkpointing(part)
     return (classifier if trains == "classifier" else purified_model), purified_model
 
@@ -268,25 +288,26 @@ def save_models(
     finetuning: Finetuning, purified_model: NIMPurifiedImageClassification | None, average: AveragedModel | None
 ) -> None:
     """Write what was trained into the output directory, alone and composed; every process must call it."""
-    accelerator, recipe, model = finetuning.accelerator, finetuning.recipe, finetuning.model
-    composed_dir = os.path.join(recipe.output_dir, "purified")
+    accelerator, recipe = finetuning.accelerator, finetuning.recipe
     if not finetuning.trains_purifier:
-        save_model_dir(accelerator, model, recipe.output_dir, average)
-        if purified_model and accelerator.is_main_process:
-            trained = type(purified_model.classifier).from_pretrained(recipe.output_dir)
-            purifier = purified_model.purifier.cpu()
-            composed = NIMPurifiedImageClassification.from_parts(purifier, trained, recipe.defense_sigma)
-            write_model_dir(composed, composed_dir)
-    else:
-        save_model_dir(accelerator, model, composed_dir, average)
-        if accelerator.is_main_process:
-            composed = NIMPurifiedImageClassification.from_pretrained(composed_dir)
-            write_model_dir(composed.purifier, os.path.join(recipe.output_dir, "purifier"))
+        save_model_dir(accelerator, finetuning.model, recipe.output_dir, average)
+    if purified_model and accelerator.is_main_process:
+        purifier, classifier = purified_model.purifier, purified_model.classifier
+        if finetuning.trains_purifier:
+            trained = (
+                average.module if average else accelerator.unwrap_model(finetuning.model, keep_torch_compile=False)
+            )
+            purifier, classifier = trained.purifier, trained.classifier
+            write_model_dir(purifier, os.path.join(recipe.output_dir, "purifier"))
             if recipe.adversary.trains == "both":
-                write_model_dir(composed.classifier, recipe.output_dir)
-    where = "model" if finetuning.trains_purifier else "classifier"
+                write_model_dir(classifier, recipe.output_dir)
+        else:
+            classifier = type(classifier).from_pretrained(recipe.output_dir)
+        if not recipe.trust_remote_code:  # a classifier with code of its own stays where it is
+            composed = NIMPurifiedImageClassification.from_parts(purifier.cpu(), classifier.cpu(), recipe.defense_sigma)
+            write_model_dir(composed, os.path.join(recipe.output_dir, "purified"))
     accelerator.print(
-        f"the {where} is in {recipe.output_dir}{' and, composed, in purified/ under it' * bool(purified_model)}"
+        f"what was trained is in {recipe.output_dir}{', composed in purified/ under it' * bool(purified_model)}"
     )
 
 

@@ -38,6 +38,7 @@ from modeling_nim.training.models import (
     enable_activation_checkpointing,
     make_pretraining_model,
     save_model_dir,
+    set_attention,
 )
 from modeling_nim.training.optimization import (
     OptimizationRecipe,
@@ -83,8 +84,8 @@ def main() -> int:
     set_seed(recipe.seed)
     model = make_pretraining_model(recipe.model)
     config, draw = model.config, model.draw  # outside of the prepared model: a compiled graph holds no random draws
-    if recipe.execution.attn_implementation:
-        model.set_attn_implementation(recipe.execution.attn_implementation)
+    execution = (recipe.execution.attn_implementation, recipe.execution.mixed_precision, accelerator.device)
+    accelerator.print(f"attention: {set_attention([model], *execution)}")
     if recipe.execution.gradient_checkpointing:
         enable_activation_checkpointing(model)
     with accelerator.main_process_first():  # it lists or copies the data, the others find that done

@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+
+from ..runs.bounds import Bounds, Count, check_fields
 
 
 @dataclass
@@ -17,18 +19,14 @@ class ConsistencyRecipe:
     or the one with the smallest loss where none is; its divergence counts where all are right.
     """
 
-    num_draws: int = 1  # of the noise, for each image of a batch
-    weight: float = 0.0  # of the draws' divergence from their mean prediction
-    entropy_weight: float = 0.0  # of the mean prediction's entropy
+    num_draws: Count = 1  # of the noise, for each image of a batch
+    weight: Annotated[float, Bounds(least=0)] = 0.0  # of the draws' divergence from their mean prediction
+    entropy_weight: Annotated[float, Bounds(least=0)] = 0.0  # of the mean prediction's entropy
     # right: the cross-entropy counts the draws that are right, or else the best one
     selection: Literal["all", "right"] = "all"
 
     def __post_init__(self):
-        if self.num_draws < 1:
-            raise ValueError(f"consistency.num_draws must be at least 1, got {self.num_draws}")
-        for name in ("weight", "entropy_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"consistency.{name} must be >= 0, got {getattr(self, name)}")
+        check_fields(self, "consistency")
         if self.num_draws == 1 and (self.weight or self.selection != "all"):
             raise ValueError("one draw agrees with itself: set consistency.num_draws to 2 or more")
 

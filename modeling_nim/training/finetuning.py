@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 
 from .. import NIMPurifiedImageClassification, normalize
 from ..data.randomness import generators, image_seeds
+from ..runs.bounds import Bounds, check_fields
 from .adversary import adversarial_images, as_attacked
 from .consistency import consistent_cross_entropy
 
@@ -24,11 +25,11 @@ class FeatureLossRecipe:
     share of the clean one's square (the stability of Salman et al. 2020, on features).
     """
 
-    weight: float = 0.0  # of the squared error of the classifier's features, purified against clean
+    # of the squared error of the classifier's features, purified against clean
+    weight: Annotated[float, Bounds(least=0)] = 0.0
 
     def __post_init__(self):
-        if self.weight < 0:
-            raise ValueError(f"feature_loss.weight must be >= 0, got {self.weight}")
+        check_fields(self, "feature_loss")
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Finetuning:
     """The model of a fine-tuning recipe as training, attack and validation use it.
 
     Args:
-        recipe: with `seed`, `images`, `sigma`, `adversary`, `consistency` and `feature_loss`, as
+        recipe: with `seed`, `images`, `sigma`, `label_smoothing`, `adversary`, `consistency` and `feature_loss`, as
             `scripts/run_finetune.py` declares them.
         model: what is trained, prepared by the accelerator: the classifier, or purifier and classifier composed.
         purified_model: the composed model, sharing its parts with `model`; None without a purifier.
@@ -75,6 +76,14 @@ class Finetuning:
 
     def normalize(self, images_01: torch.Tensor) -> torch.Tensor:
         return normalize(images_01, self.config.image_mean, self.config.image_std)
+
+    def targets(self, labels: torch.Tensor) -> torch.Tensor:
+        """`(B, num_labels)` smoothed probabilities of the `labels` `(B,)`; zeros where the classifier will be asked instead."""
+        num_labels, smoothing = self.config.num_labels, self.recipe.label_smoothing
+        if self.recipe.adversary.targets == "clean_answer":
+            return torch.zeros(len(labels), num_labels, device=labels.device)
+        targets = torch.nn.functional.one_hot(labels, num_labels).float()
+        return targets * (1 - smoothing) + smoothing / num_labels
 
     @torch.no_grad()
     def clean(self, images_01: torch.Tensor, targets: torch.Tensor) -> CleanImages:

@@ -19,13 +19,15 @@ from ..runs.recipe import recipe_to_dict
 class ExecutionRecipe:
     """The `execution` section: precision and memory against speed; the machines themselves are `accelerate launch`'s.
 
-    `attn_implementation` None is transformers' choice, SDPA; "eager" trains small models twice as fast in bf16 on a CPU.
+    `attn_implementation: auto` is eager for small models on a CPU, above all in bf16, and otherwise what null always is:
+    transformers' choice, SDPA. The run says what it uses.
     """
 
     mixed_precision: Literal["no", "bf16"] = "no"  # bf16 computes in bfloat16; weights stay in float32
     compile: bool = False  # torch.compile
     gradient_checkpointing: bool = False  # compute activations again on the way back: less memory, more time
-    attn_implementation: Literal["eager", "sdpa"] | None = None  # null: transformers' choice, SDPA
+    # auto: eager for small models on a CPU, else as null: transformers' choice, SDPA
+    attn_implementation: Literal["auto", "eager", "sdpa"] | None = "auto"
 
 
 @dataclass

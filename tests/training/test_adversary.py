@@ -1,7 +1,9 @@
 """Adversarial fine-tuning: who attacks whom with which draws, what learns, and that a run is the same however it runs."""
 
+import importlib.util
 import random
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from training_runs import FINETUNE, PRETRAIN, SERVER, TINY, last_step, load_scri
 from modeling_nim import NIMConfig, NIMForPreTraining, NIMPurifiedImageClassification
 from modeling_nim.training.adversary import AdversaryRecipe, adversarial_images, as_attacked, epsilon_255_at
 from modeling_nim.training.finetuning import Finetuning
-from modeling_nim.training.models import load_classifier, load_purifier
+from modeling_nim.training.models import load_classifier, load_purifier, set_attention
 from modeling_nim.training.optimization import OptimizationRecipe, make_plan, parameter_settings, soft_cross_entropy
 
 
@@ -116,7 +118,7 @@ def _check_draws(model_dir):
     ]
     recipe = load_script("run_finetune").FinetuneRecipe(
         seed=3,
-        output_dir="",
+        output_dir="unused",
         data=None,
         optimization=None,
         init=str(model_dir),
@@ -252,7 +254,7 @@ def test_two_processes_and_accumulation_give_the_single_process_curve(denoised, 
 
 def test_plain_adversarial_training_has_no_purifier(denoised, tmp_path):
     recipe = HARDENED | {"init": str(denoised), "images": "original", "adversary": {"attack": "fgsm"}}
-    recipe["optimization"] = HARDENED["optimization"] | {"steps": 2}
+    recipe["optimization"] = HARDENED["optimization"] | {"steps": 3}
     run("run_finetune", recipe, tmp_path / "run", "execution.mixed_precision=bf16")
     assert (tmp_path / "run" / "model.safetensors").exists()
     assert not (tmp_path / "run" / "purified").exists() and not (tmp_path / "run" / "purifier").exists()
@@ -262,7 +264,7 @@ def test_a_frozen_classifier_may_answer_for_the_labels(denoised, tmp_path):
     """A purifier that learns what the classifier says of clean images needs no labels: other ones change nothing."""
     adversary = {"attack": "fgsm", "trains": "purifier", "targets": "clean_answer"}
     recipe = HARDENED | {"init": str(denoised), "adversary": adversary}
-    recipe["optimization"] = HARDENED["optimization"] | {"steps": 2}
+    recipe["optimization"] = HARDENED["optimization"] | {"steps": 3}
     run("run_finetune", recipe, tmp_path / "sharp")
     run("run_finetune", recipe, tmp_path / "smoothed", "label_smoothing=0.9")
     assert losses(tmp_path / "sharp") == losses(tmp_path / "smoothed")
@@ -274,8 +276,9 @@ def test_a_frozen_classifier_may_answer_for_the_labels(denoised, tmp_path):
         (["adversary.trains=both", "images=original"], "adversary.trains both needs the purifier"),
         (["adversary.reconstruction_weight=1"], "adversary.reconstruction_weight 1.0 is for a purifier that learns"),
         (["adversary.targets=clean_answer"], "adversary.targets clean_answer asks a frozen classifier"),
-        (["adversary.steps=0"], "adversary.steps must be at least 1, got 0"),
-        (["adversary.epsilon_255=-1"], "adversary.epsilon_255 must be >= 0, got -1"),
+        (["image_size=40"], "image_size 40 is for a purifier that learns on images larger than its own"),
+        (["adversary.steps=0"], "adversary.steps' must be at least 1 "),
+        (["adversary.epsilon_255=-1"], "adversary.epsilon_255' must be at least 0"),
         (["adversary.attack=square"], "adversary.attack' must be one of ['none', 'fgsm', 'pgd'], got 'square'"),
     ],
 )
@@ -295,3 +298,99 @@ def test_a_composed_model_of_other_classes_is_refused(denoised, tmp_path):
     NIMPurifiedImageClassification.from_parts(purifier, head).save_pretrained(tmp_path / "four")
     printed = run("run_finetune", FINETUNE | {"init": str(tmp_path / "four")}, tmp_path / "run", exit_code=2)
     assert "knows 4 classes and the data have 10" in printed
+
+
+REMOTE_CLASSIFIER = """
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutput
+
+
+class MeansConfig(PreTrainedConfig):
+    model_type = "means"
+    image_size: int = 48
+    image_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
+
+
+class MeansForImageClassification(PreTrainedModel):
+    config_class = MeansConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.pool = torch.nn.AdaptiveAvgPool2d(4)
+        self.norm = torch.nn.BatchNorm1d(48)
+        self.head = torch.nn.Linear(48, config.num_labels)
+        self.post_init()
+
+    def forward(self, pixel_values, **kwargs):
+        return ImageClassifierOutput(logits=self.head(self.norm(self.pool(pixel_values).flatten(1))))
+"""
+
+
+def write_remote_classifier(folder, num_labels):
+    """A model directory with Python code of its own."""
+    folder.mkdir()
+    (folder / "means.py").write_text(REMOTE_CLASSIFIER)
+    specification = importlib.util.spec_from_file_location("means", folder / "means.py")
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["means"] = module
+    specification.loader.exec_module(module)
+    module.MeansConfig.register_for_auto_class()
+    module.MeansForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+    model = module.MeansForImageClassification(module.MeansConfig(num_labels=num_labels))
+    torch.nn.init.normal_(model.head.weight)
+    model.save_pretrained(folder / "model")
+    return str(folder / "model")
+
+
+def test_a_purifier_learns_in_tiles_before_a_classifier_with_code_of_its_own(denoised, tmp_path):
+    classifier = write_remote_classifier(tmp_path / "classifier", num_labels=7)
+    recipe = HARDENED | {"init": classifier, "purifier": str(denoised.parent.parent / "pretrain")}
+    recipe |= {"image_size": 40, "crop": {"crop": "native", "shorter_side": 48}}  # tiles of 32 pixels
+    adversary = {"attack": "fgsm", "trains": "purifier", "targets": "clean_answer", "reconstruction_weight": 1}
+    recipe |= {"adversary": adversary, "feature_loss": {"weight": 1}, "drop_path_rate": 0.0}
+    recipe["optimization"] = {"batch_size": 16, "base_learning_rate": 0.016, "steps": 2}
+
+    printed = run("run_finetune", recipe, tmp_path / "untrusted", exit_code=2)
+    assert "trust_remote_code" in printed
+    printed = run("run_finetune", recipe, tmp_path / "run", "trust_remote_code=true", "execution.mixed_precision=bf16")
+    assert "attention: eager (17 tokens)" in printed
+    before, after = (
+        load_file(folder / "model.safetensors")
+        for folder in (denoised.parent.parent / "pretrain", tmp_path / "run/purifier")
+    )
+    frozen = {"vit.embeddings.position_embeddings", "decoder.decoder_pos_embed", "decoder.mask_token"}
+    assert {name for name in before if torch.equal(before[name], after[name])} == frozen
+    assert not (tmp_path / "run" / "purified").exists()  # the classifier's weights and code stay where they are
+    assert NIMForPreTraining.from_pretrained(tmp_path / "run" / "purifier").config.image_size == 32
+
+
+def test_a_model_that_is_no_classifier_cannot_be_the_frozen_one(denoised, tmp_path):
+    pretrain = str(denoised.parent.parent / "pretrain")
+    printed = run(
+        "run_finetune", FINETUNE | {"init": pretrain}, tmp_path / "run", "adversary.trains=purifier", exit_code=2
+    )
+    assert "is a 'nim' model, no classifier; name a fine-tuned or purified one" in printed
+
+
+@pytest.mark.parametrize(
+    "implementation, mixed_precision, device, image_size, chosen",
+    [
+        ("auto", "bf16", "cpu", 32, "eager"),
+        ("auto", "bf16", "cpu", 256, "sdpa"),  # 1,025 tokens: the memory for all pairs counts
+        ("auto", "bf16", "cuda", 32, "sdpa"),
+        ("auto", "no", "cpu", 32, "eager"),
+        ("auto", "no", "cpu", 64, "sdpa"),
+        ("sdpa", "bf16", "cpu", 32, "sdpa"),
+        ("eager", "no", "cuda", 256, "eager"),
+        (None, "bf16", "cpu", 32, "sdpa"),
+    ],
+)
+def test_attention_is_what_is_fastest_for_the_size(implementation, mixed_precision, device, image_size, chosen):
+    with torch.device("meta"):
+        model = NIMForPreTraining(NIMConfig(**TINY | {"image_size": image_size}, attn_implementation="sdpa"))
+    said = set_attention([model], implementation, mixed_precision, torch.device(device))
+    assert said == f"{chosen} ({(image_size // 8) ** 2 + 1} tokens)"
+    assert model.config._attn_implementation == chosen
