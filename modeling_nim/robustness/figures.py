@@ -160,9 +160,10 @@ def reconstruction_loss(records: Sequence[Entry], with_deviation: bool | None = 
     """
     losses: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
-        losses[record["model"]][record["sigma_255"]].append(record["loss"])
+        if record["loss"] is not None:
+            losses[record["model"]][record["sigma_255"]].append(record["loss"])
     if not losses:
-        raise ValueError("the reconstruction records are empty")
+        raise ValueError("the reconstruction records hold no loss: the images were larger than the purifier")
     if with_deviation is None:
         with_deviation = len(losses) <= 4
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from ..data import ImageSource, evaluation_batch
-from ..noise_nim import normalize
+from ..image_processing import BICUBIC
+from ..noise_nim import denormalize, normalize
 from ..runs.files import write_json, written_whole
 from .draws import PICTURE, RECONSTRUCTION, stream_seed
 from .evaluation import attack_images
@@ -105,23 +107,38 @@ def load_pictures(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[st
 def reconstruction_records(
     recipe: ReconstructionRecipe, purifiers: dict[str, tuple[nn.Module, Any]], source: ImageSource, order: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """The purifiers' own pre-training loss at each sigma, one record per purifier, sigma and image (Figures 3 and 6).
+    """How each purifier undoes the noise of each sigma, one record per purifier, sigma and image.
 
-    Image by image, because the loss that a model returns is the mean over its batch; with the same epsilon at every sigma.
+    `psnr_db` is the peak signal-to-noise ratio of the purified image. `loss` is the loss of pre-training (Figures 3 and 6),
+    None for images that are larger than the purifier. An image meets the same epsilon at every sigma.
     """
     records = []
-    indices = order[: recipe.num_images]
-    image_ids = [source.image_id(index) for index in indices]
     for name, (purifier, processor) in purifiers.items():
         config = purifier.config
         if config.degradation != "noise":
             raise ValueError(f"reconstruction: {name!r} hides patches instead of adding noise; leave it out")
+        if recipe.image_size is not None:
+            processor = center_square_processor(recipe.image_size)
         device = next(purifier.parameters()).device
-        images_01 = evaluation_batch(source, indices, processor).to(device)
-        pixel_values = normalize(images_01, config.image_mean, config.image_std)
         for sigma in recipe.sigmas_255:
-            for row, image_id in enumerate(image_ids):
-                generator = torch.Generator(device).manual_seed(stream_seed(0, image_id, RECONSTRUCTION))
-                loss = purifier(pixel_values[row : row + 1], sigma=sigma, generator=generator).loss
-                records.append({"model": name, "sigma_255": sigma, "image_id": image_id, "loss": float(loss)})
+            for index in order[: recipe.num_images]:
+                image_id = source.image_id(index)
+                seed = stream_seed(0, image_id, RECONSTRUCTION)
+                images_01 = evaluation_batch(source, [index], processor).to(device)  # (1, 3, H, W)
+                pixel_values = normalize(images_01, config.image_mean, config.image_std)
+                noise = purifier.draw(1, [torch.Generator(device).manual_seed(seed)], sigma, images_01.shape[-2:])
+                purified = denormalize(purifier.purify(pixel_values, **noise), config.image_mean, config.image_std)
+                psnr_db = -10 * float((purified - images_01).square().mean().log10())
+                own_size = tuple(images_01.shape[-2:]) == (config.image_size, config.image_size)
+                loss = float(purifier(pixel_values, **noise).loss) if own_size else None
+                record = {"model": name, "sigma_255": sigma, "image_id": image_id, "loss": loss, "psnr_db": psnr_db}
+                records.append(record)
     return records
+
+
+def center_square_processor(side: int) -> ViTImageProcessorPil:
+    """Resizes the shorter side to `side` pixels and cuts out the middle square."""
+    crop_size = {"height": side, "width": side}
+    return ViTImageProcessorPil(
+        do_convert_rgb=True, size={"shortest_edge": side}, resample=BICUBIC, do_center_crop=True, crop_size=crop_size
+    )

@@ -269,11 +269,14 @@ class PicturesRecipe:
 
 @dataclass
 class ReconstructionRecipe:
-    """The pre-training loss of `purifiers` (name: path) against sigma (Figures 3 and 6), on the first `num_images` images."""
+    """How well `purifiers` (name: path) undo noise of each sigma, on the first `num_images` images: PSNR, and the loss of
+    pre-training (Figures 3 and 6) where the images have the purifier's size."""
 
     purifiers: dict[str, str]  # directories by name
     sigmas_255: list[float]  # the noise that is undone
     num_images: int = 64  # the first images
+    # side of the squares that are cut from the middle of the images, resized to it; null: as the purifier's processor does
+    image_size: int | None = None
 
 
 @dataclass
