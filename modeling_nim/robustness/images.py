@@ -36,6 +36,34 @@ class SourceImages:
         return images_01, labels, self.image_ids(positions)
 
 
+class RowsSource(ImageSource):
+    """A split of `datasets` whose rows hold a decoded image and a label."""
+
+    def __init__(self, rows: Any, image_column: str | None = None, label_column: str | None = None):
+        names = rows.column_names
+        self.image_column = image_column or next((name for name in ("image", "img") if name in names), None)
+        self.label_column = label_column or next((name for name in ("label", "labels") if name in names), None)
+        if self.image_column is None or self.label_column is None:
+            raise ValueError(f"the data have the columns {names}: rename them to 'image' and 'label'")
+        self.rows, self.labels = rows, [int(label) for label in rows[self.label_column]]
+        known = getattr(rows.features[self.label_column], "names", None)
+        self.classes_are_counted = known is None
+        self.class_names = list(known or map(str, range(max(self.labels) + 1)))
+        self.fingerprint = f"datasets:{len(rows)}:{rows._fingerprint}"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.rows[int(index)][self.image_column].convert("RGB"), self.labels[index]
+
+    def stored(self, index: int) -> tuple[Any, int]:
+        return self.rows[int(index)][self.image_column], self.labels[index]
+
+    def image_id(self, index: int) -> str:
+        return f"{index:08d}"
+
+
 class TensorImages:
     """Images `(N, C, H, W)` in [0, 1] with labels `(N,)`; `image_ids` name their noise draws.
 

@@ -234,8 +234,8 @@ class EvaluatedModelRecipe:
     num_votes: int | None = None  # draws averaged for one answer; null: the model's own
     without_purifier: bool = False  # the classifier inside a purified model alone
     classifier_image_size: int | None = None  # what the classifier expects, where its files do not say
-    classifier_image_mean: list[float] | None = None
-    classifier_image_std: list[float] | None = None
+    classifier_image_mean: list[float] | None = None  # of the normalization that the classifier expects
+    classifier_image_std: list[float] | None = None  # likewise
     trust_remote_code: bool = False  # run the code beside the weights; read it first
 
     def __post_init__(self):

@@ -1,5 +1,6 @@
 """run_attack.py, run_certify.py and figures.py as users run them, on tiny models."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -136,6 +137,26 @@ def test_records_summary_and_figures(recipe, tmp_path, capsys):
     reference.load_script("reports/figures").main([str(tmp_path / "out")])
     for name in ("panel", "degradations", "models", "sigma_curve", "reconstruction"):
         assert (tmp_path / f"out/{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_is_kept_with_its_records(recipe, tmp_path):
+    recipe |= {
+        "attacks": recipe["attacks"][:1],
+        "num_images": 3,
+        "seeds": [0],
+        "pictures": None,
+        "reconstruction": None,
+    }
+    summary = run_attack(tmp_path / "recipe.yaml", recipe, tmp_path / "out")
+    collect = reference.load_script("reports/collect").main
+    collect([str(tmp_path / "out"), str(tmp_path / "results/small.json")])
+    assert json.loads((tmp_path / "results/small.json").read_text()) == summary
+    kept = gzip.decompress((tmp_path / "results/records/small.jsonl.gz").read_bytes())
+    assert hashlib.sha256(kept).hexdigest() == summary["provenance"]["records_sha256"]
+    with open(tmp_path / "out/records.jsonl", "a") as file:
+        file.write("{}\n")
+    with pytest.raises(ValueError, match="has not the SHA-256"):
+        collect([str(tmp_path / "out"), str(tmp_path / "results/small.json")])
 
 
 def test_figure_3_is_drawn_from_the_purifiers_of_fixed_sigma(tmp_path, monkeypatch):
