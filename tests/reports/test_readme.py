@@ -1,11 +1,16 @@
-"""The README is run: its Python as it stands, its commands up to the recipe that they would follow, its paths and names."""
+"""The documents are run: Python as it stands, commands up to the recipe that they would follow, paths and names."""
 
+import json
 import re
 import shlex
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from conftest import TINY, TINY_DECODER
+from PIL import Image
 from training_runs import REPOSITORY, load_script
 
 import modeling_nim
@@ -18,22 +23,36 @@ from modeling_nim import (
 )
 from modeling_nim.robustness.certification import CertifyRecipe
 from modeling_nim.robustness.recipes import AttackRunRecipe
-from modeling_nim.runs.recipe import load_recipe
+from modeling_nim.runs.recipe import parse_command_line
 
 
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-PROSE = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
-INLINE = re.findall(r"`([^`\n]+)`", PROSE)
+DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+
+
+def blocks(document, kind):
+    """The fenced texts of one kind."""
+    found = re.findall(r"^```(\w+)\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [text for name, text in found if name == kind]
+
+
+def prose(document):
+    return re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def inline(document):
+    return re.findall(r"`([^`\n]+)`", prose(document))
 
 
 def commands():
-    """Every command of the README as words, without prompts, comments and continuation lines."""
-    lines = [line for kind, text in BLOCKS if kind == "bash" for line in text.replace("\\\n", " ").splitlines()]
-    lines += [text for text in INLINE if re.match(r"(python|make|accelerate) ", text)]
-    lines = [line.partition(" | ")[0] for line in lines]
-    found = [shlex.split(line, comments=True) for line in lines]
-    return [words for words in found if words]
+    """Every command of the documents as words, without prompts, comments and continuation lines."""
+    lines = []
+    for document in DOCUMENTS:
+        for text in blocks(document, "bash"):
+            lines += text.replace("\\\n", " ").splitlines()
+        lines += [text for text in inline(document) if re.match(r"(python|make) ", text)]
+    found = [shlex.split(line.partition(" | ")[0], comments=True) for line in dict.fromkeys(lines)]
+    return [words for words in found if words and words[0] != "pip"]
 
 
 def test_python_of_the_readme_runs_on_models_laid_out_as_the_demo_does(tmp_path, monkeypatch):
@@ -47,43 +66,81 @@ def test_python_of_the_readme_runs_on_models_laid_out_as_the_demo_does(tmp_path,
     (tmp_path / "space").symlink_to(REPOSITORY / "space")
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
-    for text in (text for kind, text in BLOCKS if kind == "python"):
+    for text in blocks(REPOSITORY / "README.md", "python"):
         exec(text, namespace)
     assert namespace["logits"].shape == (1, 10) and namespace["logits"].requires_grad
     assert isinstance(namespace["pipe"].model, NIMPurifiedImageClassification)
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_commands_of_the_readme_name_what_exists(words):
+def test_commands_of_the_documents_name_what_exists(words, monkeypatch):
     if words[0] == "make":
         assert f"\n{words[1]}:" in (REPOSITORY / "Makefile").read_text()
         return
     if "--config_file" in words:
         launch = yaml.safe_load((REPOSITORY / words[words.index("--config_file") + 1]).read_text())
         assert launch["compute_environment"] == "LOCAL_MACHINE"
-    position = [index for index, word in enumerate(words) if re.fullmatch(r"scripts/[\w/]+\.py", word)][
-        -1
-    ]  # behind launch.py
+    scripts = [index for index, word in enumerate(words) if re.fullmatch(r"scripts/[\w/]+\.py", word)]
+    position = scripts[-1]  # behind launch.py
     script, arguments = REPOSITORY / words[position], words[position + 1 :]
     source = script.read_text()
     schemas = {"run_attack": lambda: AttackRunRecipe, "run_certify": lambda: CertifyRecipe}
     schemas["run_pretrain"] = lambda: load_script("run_pretrain").PretrainRecipe
     schemas["run_finetune"] = lambda: load_script("run_finetune").FinetuneRecipe
     if script.stem in schemas:
-        recipe, *overrides = arguments
-        assert load_recipe(REPOSITORY / recipe, schemas[script.stem](), overrides)
+        monkeypatch.chdir(REPOSITORY)
+        assert parse_command_line("", schemas[script.stem](), arguments)
     for option in (word for word in arguments if word.startswith("--")):
         assert f'"{option}"' in source
 
 
-def test_paths_and_names_of_the_readme_exist():
-    paths = re.findall(r"\]\(([^)#:]+)\)", PROSE)
-    paths += [text for text in INLINE if re.fullmatch(r"(scripts|tests|modeling_nim|space|model_cards)/[\w./]*", text)]
-    assert len(paths) > 5
+@each_document
+def test_paths_and_names_of_the_documents_exist(document):
+    links = re.findall(r"\]\(([^)#:]+)\)", prose(document))
+    assert not [link for link in links if not (document.parent / link).exists()]
+    rooms = r"(scripts|tests|modeling_nim|space|model_cards|docs|results)/[\w./]*"
+    paths = [text for text in inline(document) if re.fullmatch(rooms, text)]
     assert not [path for path in paths if not (REPOSITORY / path).exists()]
-    names = [text for text in INLINE if re.fullmatch(r"(NIM\w+|noise_nim)(\.\w+)*(\(.*\))?", text)]
-    assert len(names) > 5
-    for name in names:
+    for name in (text for text in inline(document) if re.fullmatch(r"(NIM\w+|noise_nim)(\.\w+)*(\(.*\))?", text)):
         place = modeling_nim
         for part in name.partition("(")[0].split("."):
             place = getattr(place, part)
+
+
+def test_the_readme_is_short_and_leads_to_every_document():
+    readme = DOCUMENTS[0].read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 150
+    assert not [path.name for path in DOCUMENTS[2:] if f"(docs/{path.name})" not in readme]
+
+
+@pytest.mark.timeout(600)
+def test_the_page_on_your_own_images_runs_from_a_folder_to_certificates(tmp_path, monkeypatch):
+    """Its commands one after another, on a folder of drawn images, with few steps."""
+    page = REPOSITORY / "docs" / "your-images.md"
+    drawn = np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 3)):
+        for label in ("cat", "dog"):
+            folder = tmp_path / "data" / "images" / split / label
+            folder.mkdir(parents=True)
+            for number in range(1, count + 1):
+                pixels = drawn.integers(0, 256, (50 + number, 70, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number:03}.jpg")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scripts").symlink_to(REPOSITORY / "scripts")
+    short = {"run_pretrain": ["optimization.batch_size=8", "optimization.epochs=1", "optimization.warmup_epochs=0"]}
+    short["run_finetune"] = short["run_pretrain"]
+    short["run_attack"] = ["num_images=4", "num_draws=2", "attacks.0.steps=2", "attacks.1.steps=2", "micro_batch=32"]
+    short["run_certify"] = ["num_images=2", "num_draws=20", "num_selection_draws=5"]
+    for words in (shlex.split(line) for line in blocks(page, "bash")[0].splitlines()):
+        script = Path(words[2]).stem
+        monkeypatch.setattr(sys, "argv", [words[2], *words[3:], *short[script]])
+        load_script(script).main()
+    for text in blocks(page, "python"):
+        namespace: dict = {}
+        exec(text, namespace)
+    assert {answer["label"] for answer in namespace["answers"]} == {"cat", "dog"}
+    assert sum(answer["score"] for answer in namespace["answers"]) == pytest.approx(1, abs=1e-5)
+    rows = json.loads((tmp_path / "outputs/folder/attack/summary.json").read_text())["rows"]
+    assert {row["num_images"] for row in rows} == {4}
+    certified = json.loads((tmp_path / "outputs/folder/certify/certified.json").read_text())["rows"]
+    assert [row["radius_l2"] for row in certified] == [0, 0.1, 0.25]
