@@ -85,7 +85,7 @@ class ValidationRecipe:
     batch_size: BatchSize = 64  # images per process and step
 
     def __post_init__(self):
-        check_fields(self, "validation")
+        check_fields(self, "validation.")
 
 
 @dataclass

@@ -40,7 +40,7 @@ class AugmentationRecipe:
     switch_probability: Share = 0.5  # of cutmix where both are on
 
     def __post_init__(self):
-        check_fields(self, "augmentation")
+        check_fields(self, "augmentation.")
 
 
 def _shift(x: torch.Tensor, amount: torch.Tensor, axis: int) -> torch.Tensor:

@@ -55,7 +55,7 @@ class DataRecipe:
     num_workers: Annotated[int, Bounds(least=0, most=1024)] = 0  # processes that load images, per training process
 
     def __post_init__(self):
-        check_fields(self, "data")
+        check_fields(self, "data.")
         if self.source != "digits" and not self.path:
             raise ValueError(f"data.source {self.source!r} needs data.path")
         if self.streaming and self.source == "digits":

@@ -54,7 +54,7 @@ class CropRecipe:
     flip: bool = True  # mirror half of the images, at random
 
     def __post_init__(self):
-        check_fields(self, "crop")
+        check_fields(self, "crop.")
 
 
 def random_window(

@@ -7,13 +7,14 @@ noise, at L2 radii in [0, 1] pixel units, with probability 1 - alpha per image.
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
 
 from ..data import DataRecipe
 from ..noise_nim import normalize, parse_sigma
+from ..runs.bounds import Bounds, Count, Seed, check_fields
 from ..runs.files import write_json
 from .checks import inspect_target
 from .cost import measure_speed
@@ -35,21 +36,17 @@ class CertifyRecipe:
     models: list[EvaluatedModelRecipe]
     data: DataRecipe = field(default_factory=DataRecipe)
     split: Literal["test", "validation", "train"] = "test"  # of the data that is certified on
-    seed: int = 0  # of the noise
-    num_images: int | None = None  # null: all
-    num_selection_draws: int = 100  # n0 of Cohen et al.: they choose the class
-    num_draws: int = 10_000  # n: they bound its probability
-    alpha: float = 0.001  # probability that a certificate is wrong
-    micro_batch: int = 256  # most rows of one forward pass: memory
+    seed: Seed = 0  # of the noise
+    num_images: Count | None = None  # null: all
+    num_selection_draws: Annotated[int, Bounds(least=1, most=2**31)] = 100  # n0 of Cohen et al.: they choose the class
+    num_draws: Annotated[int, Bounds(least=1, most=2**31)] = 10_000  # n: they bound its probability
+    alpha: Annotated[float, Bounds(above=0, below=0.5)] = 0.001  # probability that a certificate is wrong
+    micro_batch: Count = 256  # most rows of one forward pass: memory
     # L2 radii of the table, in [0, 1] pixels
-    radii: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.25, 0.5, 0.75, 1.0])
+    radii: list[Annotated[float, Bounds(least=0)]] = field(default_factory=lambda: [0.0, 0.1, 0.25, 0.5, 0.75, 1.0])
 
     def __post_init__(self):
-        if not 0 < self.alpha < 0.5:
-            raise ValueError(f"alpha must be between 0 and 0.5, got {self.alpha}")
-        for key in ("num_selection_draws", "num_draws", "micro_batch"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+        check_fields(self)
 
 
 def check_certifiable(target: Target, images_01: torch.Tensor) -> float:

@@ -1,15 +1,16 @@
 """Recipes of the evaluation: an attack, a model to evaluate, a run."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
+from ..configuration_nim import MAX_VOTES
 from ..data import DataRecipe
-from ..noise_nim import parse_sigma
+from ..noise_nim import MAX_SIGMA_255, parse_sigma
+from ..runs.bounds import Bounds, Count, Seed, check_fields
 from .attacks import KEYWORDS, Attack, check_arguments, find_attack
 from .functions import function_name, named_function, short_name
 from .oracle import LOSSES, RowLoss
@@ -17,6 +18,9 @@ from .torchattacks_peer import torchattacks_arguments, torchattacks_class
 
 
 ThreatModel = Literal["white_box", "white_box_known_draw", "gray_box", "black_box"]
+
+
+Epsilon255 = Annotated[float, Bounds(least=0, most=1_000_000)]  # an L2 distance may be far above 255
 
 
 @dataclass
@@ -45,29 +49,30 @@ class AttackRecipe:
     attack: str
     name: str | None = None  # null: made of the settings that set attacks apart
     threat_models: list[ThreatModel] = field(default_factory=list)
-    epsilon_255: list[float] = field(default_factory=lambda: [2.0])
+    epsilon_255: list[Epsilon255] = field(default_factory=lambda: [2.0])
     norm: Literal["linf", "l2"] = "linf"  # which norm epsilon_255 bounds
-    steps: int = 10  # gradient steps
-    alpha_255: float | None = None
-    alpha_ratio: float = 0.25  # step over epsilon, where alpha_255 is null
-    eot_samples: int = 1
-    restarts: int = 1  # the worst of so many runs is kept
+    steps: Count = 10  # gradient steps
+    alpha_255: Annotated[float, Bounds(above=0)] | None = None
+    alpha_ratio: Annotated[float, Bounds(above=0)] = 0.25  # step over epsilon, where alpha_255 is null
+    eot_samples: Count = 1
+    restarts: Count = 1  # the worst of so many runs is kept
     random_start: bool = True  # begin at a random place of the ball
     targeted: bool = False  # towards the likeliest wrong class
     loss: str = "ce"
-    queries: int = 1000  # Square's budget of answers per image
-    patch_size: int | None = None  # of patch_mean; null: the purifier's
+    queries: Count = 1000  # Square's budget of answers per image
+    patch_size: Count | None = None  # of patch_mean; null: the purifier's
     source: str | None = None
     torchattacks_class: str | None = None  # by name, with arguments that it knows
     arguments: dict[str, Any] = field(default_factory=dict)  # of torchattacks_class or of your own function
     models: list[str] | None = None
     sigmas: list[float | str] | None = None
-    num_images: int | None = None
-    seeds: list[int] | None = None
+    num_images: Count | None = None
+    seeds: list[Seed] | None = None
     skip_misclassified: bool | None = None
 
     def __post_init__(self):
         row, who = self.row, f"attack {short_name(self.attack)!r}"
+        check_fields(self, f"{who}: ")
         self.threat_models = self.threat_models or [row.threat_models[0]]
         for threat in self.threat_models:
             if threat not in row.threat_models:
@@ -77,22 +82,13 @@ class AttackRecipe:
             raise ValueError(
                 f"{who} does not use {unused[0]!r}, leave it out; its settings are {', '.join(row.settings)}"
             )
-        for key in ("eot_samples", "restarts", "queries"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{who}: {key} must be at least 1, got {getattr(self, key)}")
         if self.steps < row.least_steps:
             first = "; its first step is a random start" if row.least_steps > 1 else ""
             raise ValueError(f"{who}: steps must be at least {row.least_steps}, got {self.steps}{first}")
-        if not self.epsilon_255 or not all(0 <= epsilon < math.inf for epsilon in self.epsilon_255):
-            raise ValueError(f"{who}: epsilon_255 must be a list of finite numbers >= 0, got {self.epsilon_255}")
-        for key in ("alpha_255", "alpha_ratio"):
-            value = getattr(self, key)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{who}: {key} must be a finite number above 0, got {value}")
+        if not self.epsilon_255:
+            raise ValueError(f"{who}: epsilon_255 is an empty list; name at least one budget")
         if self.norm not in ("linf", "l2"):
             raise ValueError(f"{who}: norm must be 'linf' or 'l2', got {self.norm!r}")
-        if self.patch_size is not None and self.patch_size < 1:
-            raise ValueError(f"{who}: patch_size must be at least 1, got {self.patch_size}")
         if self.attack == "square" and self.queries < 2 * self.eot_samples:
             raise ValueError(f"square: {self.queries} queries allow no proposal with eot_samples {self.eot_samples}")
         for key in ("source", "torchattacks_class"):
@@ -231,14 +227,17 @@ class EvaluatedModelRecipe:
     classifier: str | None = None  # instead of path: the other part
     # of the defense: a number, a specification, or a list; null: the model's own
     sigma: float | str | list[float | str] | None = None
-    num_votes: int | None = None  # draws averaged for one answer; null: the model's own
+    # draws averaged for one answer; null: the model's own
+    num_votes: Annotated[int, Bounds(least=1, most=MAX_VOTES)] | None = None
     without_purifier: bool = False  # the classifier inside a purified model alone
-    classifier_image_size: int | None = None  # what the classifier expects, where its files do not say
-    classifier_image_mean: list[float] | None = None  # of the normalization that the classifier expects
-    classifier_image_std: list[float] | None = None  # likewise
+    classifier_image_size: Count | None = None  # what the classifier expects, where its files do not say
+    # of the normalization that the classifier expects
+    classifier_image_mean: list[Annotated[float, Bounds(least=-1000, most=1000)]] | None = None
+    classifier_image_std: list[Annotated[float, Bounds(above=0)]] | None = None  # likewise
     trust_remote_code: bool = False  # run the code beside the weights; read it first
 
     def __post_init__(self):
+        check_fields(self, f"model {self.name!r}: ")
         if self.classifier_settings() and self.classifier is None:
             given = next(iter(self.classifier_settings()))
             raise ValueError(f"model {self.name!r}: {given} is for 'purifier' and 'classifier' paths; leave it out")
@@ -260,11 +259,14 @@ class EvaluatedModelRecipe:
 class PicturesRecipe:
     """Which images `reports/figures.py` can show: the attack `attack` (a label) at `epsilon_255` on the first images."""
 
-    num_images: int = 6  # the first images
+    num_images: Count = 6  # the first images
     attack: str = "pgd-10"  # its label
-    epsilon_255: float = 8.0  # on 0..255
+    epsilon_255: Epsilon255 = 8.0  # on 0..255
     models: list[str] | None = None  # null: all
     sigmas: list[float | str] | None = None  # of defended models; null: all
+
+    def __post_init__(self):
+        check_fields(self, "pictures.")
 
 
 @dataclass
@@ -273,10 +275,13 @@ class ReconstructionRecipe:
     pre-training (Figures 3 and 6) where the images have the purifier's size."""
 
     purifiers: dict[str, str]  # directories by name
-    sigmas_255: list[float]  # the noise that is undone
-    num_images: int = 64  # the first images
+    sigmas_255: list[Annotated[float, Bounds(least=0, most=MAX_SIGMA_255)]]  # the noise that is undone
+    num_images: Count = 64  # the first images
     # side of the squares that are cut from the middle of the images, resized to it; null: as the purifier's processor does
-    image_size: int | None = None
+    image_size: Count | None = None
+
+    def __post_init__(self):
+        check_fields(self, "reconstruction.")
 
 
 @dataclass
@@ -294,19 +299,16 @@ class AttackRunRecipe:
     split: Literal["test", "validation", "train"] = "test"  # of the data that is attacked
     protocol: Literal["smoke", "paper", "neurips", "standard"] | None = None  # gives attacks, images, seeds and draws
     attacks: list[AttackRecipe] = field(default_factory=list)
-    epsilon_255: list[float] | None = None  # instead of the protocol's main budgets
-    num_images: int | None = None  # instead of the protocol's; null: all
-    seeds: list[int] | None = None  # instead of the protocol's
-    num_draws: int | None = None  # noise draws that score an image, instead of the protocol's
-    batch_size: int = 64  # images attacked at a time
-    micro_batch: int = 256  # most rows of one forward pass (images x draws x votes): memory
+    epsilon_255: list[Epsilon255] | None = None  # instead of the protocol's main budgets
+    num_images: Count | None = None  # instead of the protocol's; null: all
+    seeds: list[Seed] | None = None  # instead of the protocol's
+    num_draws: Count | None = None  # noise draws that score an image, instead of the protocol's
+    batch_size: Count = 64  # images attacked at a time
+    micro_batch: Count = 256  # most rows of one forward pass (images x draws x votes): memory
     pictures: PicturesRecipe | None = None
     reconstruction: ReconstructionRecipe | None = None
 
     def __post_init__(self):
-        for key in ("num_images", "num_draws", "batch_size", "micro_batch"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ValueError(f"{key} must be at least 1, got {value}")
+        check_fields(self)
         if self.seeds == []:
             raise ValueError("seeds is an empty list; name at least one, such as [0]")

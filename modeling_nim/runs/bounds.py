@@ -42,16 +42,15 @@ Count = Annotated[int, Bounds(least=1, most=2**40)]
 Share = Annotated[float, Bounds(least=0, most=1)]
 
 
-def check_fields(section: Any, name: str = "") -> None:
-    """For `__post_init__` of a recipe's dataclass, which is `name` in the recipe: every field keeps to its `Bounds`.
+def check_fields(section: Any, prefix: str = "") -> None:
+    """For `__post_init__` of a recipe's dataclass: every field keeps to its `Bounds`; `prefix` goes before its name.
 
     Numbers are finite and fit in 64 bits, and texts are not empty, without being told.
 
     Raises ValueError that names the key, the value and what is allowed.
     """
     for field in dataclasses.fields(section):
-        key = f"{name}.{field.name}" if name else field.name
-        check_value(getattr(section, field.name), type(section), field.name, key)
+        check_value(getattr(section, field.name), type(section), field.name, prefix + field.name)
 
 
 def check_value(value: Any, schema: type, field: str, key: str) -> None:

@@ -65,8 +65,12 @@ def _leave_it_to_the_first(always: bool = False) -> None:
 
 @contextmanager
 def naming_damaged_weights(path: str | os.PathLike) -> Iterator[None]:
-    """Says which model's weights cannot be read, which safetensors does not."""
+    """Says which model's weights cannot be read, or do not fit its configuration."""
     try:
         yield
     except SafetensorError as error:
         raise ValueError(f"the weights in {str(path)!r} are damaged ({error}); make or download them again") from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise ValueError(f"the weights in {str(path)!r} do not fit its config.json; was it edited by hand?") from None

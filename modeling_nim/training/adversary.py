@@ -41,7 +41,7 @@ class AdversaryRecipe:
     reconstruction_weight: Annotated[float, Bounds(least=0)] = 0.0
 
     def __post_init__(self):
-        check_fields(self, "adversary")
+        check_fields(self, "adversary.")
         if self.reconstruction_weight and self.trains == "classifier":
             raise ValueError(
                 f"adversary.reconstruction_weight {self.reconstruction_weight} is for a purifier that learns; set "

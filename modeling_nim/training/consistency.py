@@ -26,7 +26,7 @@ class ConsistencyRecipe:
     selection: Literal["all", "right"] = "all"
 
     def __post_init__(self):
-        check_fields(self, "consistency")
+        check_fields(self, "consistency.")
         if self.num_draws == 1 and (self.weight or self.selection != "all"):
             raise ValueError("one draw agrees with itself: set consistency.num_draws to 2 or more")
 

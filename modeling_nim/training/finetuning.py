@@ -29,7 +29,7 @@ class FeatureLossRecipe:
     weight: Annotated[float, Bounds(least=0)] = 0.0
 
     def __post_init__(self):
-        check_fields(self, "feature_loss")
+        check_fields(self, "feature_loss.")
 
 
 @dataclass

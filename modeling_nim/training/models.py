@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from huggingface_hub.errors import StrictDataclassError
 from torch.optim.swa_utils import AveragedModel
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel, ViTMAEConfig
 
@@ -225,13 +226,23 @@ def load_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     if os.path.isdir(path):
         if not os.path.exists(os.path.join(path, "config.json")):
             raise FileNotFoundError(f"{path!r} holds no model (no config.json); is its training finished?")
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return _read_config(path, trust_remote_code)
     if path.count("/") != 1 or path.startswith((".", "/", "~", "outputs/")) or os.path.isdir(path.split("/")[0]):
         raise FileNotFoundError(f"there is no model directory {path!r}; scripts/run_pretrain.py makes one")
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return _read_config(path, trust_remote_code)
     except OSError as error:
         raise FileNotFoundError(f"there is no model directory {path!r}, and the Hub gave none: {error}") from None
+
+
+def _read_config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, StrictDataclassError):  # these name the file or the field
+        raise
+    except Exception as error:  # a file edited by hand makes transformers trip over whatever comes first
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"config.json of {path!r} makes no model: {kind}{str(error)[:400]}") from None
 
 
 def require_rgb(config: PreTrainedConfig) -> None:

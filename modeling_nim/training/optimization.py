@@ -61,7 +61,7 @@ class OptimizationRecipe:
     ema_decay: Annotated[float, Bounds(above=0, below=1)] | None = None
 
     def __post_init__(self):
-        check_fields(self, "optimization")
+        check_fields(self, "optimization.")
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of optimization.epochs and optimization.steps")
         if self.warmup_epochs is not None and self.warmup_steps is not None:

@@ -44,7 +44,7 @@ class CheckpointRecipe:
     on_changed_recipe: Literal["raise", "continue"] = "raise"
 
     def __post_init__(self):
-        check_fields(self, "checkpoints")
+        check_fields(self, "checkpoints.")
 
 
 @dataclass
@@ -62,7 +62,7 @@ class LoggingRecipe:
     project: str = "modeling-nim"  # the run's project in the trackers
 
     def __post_init__(self):
-        check_fields(self, "logging")
+        check_fields(self, "logging.")
 
 
 def make_accelerator(recipe: Any) -> Accelerator:

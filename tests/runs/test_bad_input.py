@@ -1,8 +1,12 @@
 """What users get wrong: every script answers with one line that names the value, a failing exit code, and no output."""
 
+import io
+import json
+import shutil
 import sys
 
 import pytest
+import torch
 import yaml
 from accelerate.state import AcceleratorState
 from conftest import TINY as TINY_ENCODER
@@ -113,8 +117,39 @@ CONVERT = "convert_checkpoint --source nim-mae --output_dir INPUTS/out --checkpo
         (f"run_attack INPUTS/attack.yaml {NO_PURIFIER}", ["'nim_classifier' model, no purifier"]),
         ("run_attack INPUTS/attack.yaml attacks.0.sigmas=[12]", ["sigma 12", "['30']"]),
         ("run_attack INPUTS/attack.yaml pictures={attack: none}", ["'none'", "['fgsm', 'none']"]),
-        ("run_attack INPUTS/attack.yaml num_draws=0", ["num_draws must be at least 1"]),
+        ("run_attack INPUTS/attack.yaml num_draws=0", ["'num_draws' must be at least 1"]),
         (f"run_attack INPUTS/attack.yaml {FOLDER}", ["no images under", "no_images/test"]),
+        ("run_pretrain INPUTS/pretrain.yaml seed=-1", ["'seed' must be at least 0", "-1"]),
+        ("run_pretrain INPUTS/pretrain.yaml seed=99999999999999999999", ["'seed'", "64 bits"]),
+        ("run_pretrain INPUTS/pretrain.yaml seed=4294967296", ["'seed'", "32 bits"]),
+        ("run_pretrain INPUTS/pretrain.yaml seed=1.5", ["'seed' must be int", "1.5"]),
+        (
+            "run_pretrain INPUTS/pretrain.yaml optimization.weight_decay=-1",
+            ["'optimization.weight_decay'", "at least 0"],
+        ),
+        (
+            "run_pretrain INPUTS/pretrain.yaml optimization.warmup_steps=-1",
+            ["'optimization.warmup_steps'", "at least 0"],
+        ),
+        ("run_pretrain INPUTS/pretrain.yaml optimization.warmup_steps=12", ["warm-up takes 12 of 12 steps", "lower"]),
+        ("run_pretrain INPUTS/pretrain.yaml optimization.base_learning_rate=.nan", ["base_learning_rate", "nan"]),
+        ("run_pretrain INPUTS/pretrain.yaml optimization.base_learning_rate=.inf", ["base_learning_rate", "inf"]),
+        ("run_pretrain INPUTS/pretrain.yaml optimization.betas=[0.9,1.0]", ["'optimization.betas'", "below 1", "1.0"]),
+        ("run_pretrain INPUTS/pretrain.yaml data.shuffle_buffer=0", ["'data.shuffle_buffer'", "at least 1"]),
+        ("run_pretrain INPUTS/pretrain.yaml crop.min_scale=0", ["'crop.min_scale'", "above 0"]),
+        ("run_pretrain INPUTS/pretrain.yaml output_dir=", ["output_dir"]),
+        ("run_pretrain INPUTS/pretrain.yaml model.config.sigma=1e9", ["sigma", "at most 1000"]),
+        ("run_finetune INPUTS/finetune.yaml sigma=1e9", ["sigma", "at most 1000"]),
+        ("run_finetune INPUTS/finetune.yaml defense_sigma=1e9", ["'defense_sigma'", "at most 1000"]),
+        ("run_finetune INPUTS/finetune.yaml augmentation.mixup_alpha=-1", ["'augmentation.mixup_alpha'", "at least 0"]),
+        ("run_finetune INPUTS/finetune.yaml adversary.alpha_ratio=0", ["'adversary.alpha_ratio'", "above 0"]),
+        ("run_attack INPUTS/attack.yaml models.0.num_votes=2.5", ["'models.0.num_votes' must be int", "2.5"]),
+        ("run_attack INPUTS/attack.yaml models.0.num_votes=1000000000", ["'models.0.num_votes'", "at most 100000"]),
+        ("run_attack INPUTS/attack.yaml models.0.num_votes=0", ["'models.0.num_votes'", "at least 1"]),
+        ("run_attack INPUTS/attack.yaml models.0.sigma=1e9", ["sigma", "at most 1000"]),
+        ("run_attack INPUTS/attack.yaml attacks.0.epsilon_255=[.nan]", ["epsilon_255", "nan"]),
+        ("run_attack INPUTS/attack.yaml attacks.0.epsilon_255=[-1]", ["'attacks.0.epsilon_255'", "at least 0"]),
+        ("run_attack INPUTS/attack.yaml seeds=[-1]", ["'seeds'", "at least 0"]),
         (f"{CONVERT} none.pt", ["no checkpoint at 'none.pt'"]),
         (f"{CONVERT} INPUTS/text.pt", ["text.pt' cannot be read"]),
         (f"{CONVERT} tests/fixtures/golden/simmim_pretrain.pth", ["does not fit --source", "patch_embed.proj.weight"]),
@@ -127,6 +162,66 @@ CONVERT = "convert_checkpoint --source nim-mae --output_dir INPUTS/out --checkpo
 def test_bad_input_is_one_line_and_leaves_nothing_behind(
     command, words, inputs, in_the_repository, monkeypatch, capsys
 ):
+    check_one_line(command, words, inputs, monkeypatch, capsys)
+
+
+CONFIGS = {
+    "broken": "{",
+    "empty": "",
+    "list": "[]",
+    "number": "3",
+    "no_type": "{}",
+    "unknown_type": '{"model_type": "nothing"}',
+    "number_type": '{"model_type": 5}',
+    "text_width": ("hidden_size", "wide"),
+    "list_width": ("hidden_size", [32]),
+    "other_width": ("hidden_size", 64),
+    "null_patch": ("patch_size", None),
+    "zero_heads": ("num_attention_heads", 0),
+    "number_mean": ("image_mean", 3),
+    "negative_std": ("image_std", [-1.0, 1.0, 1.0]),
+    "more_layers": ("num_hidden_layers", "many"),
+    "list_labels": ("id2label", [1, 2]),
+    "no_activation": ("hidden_act", 3),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_edited_by_hand_is_one_line(name, inputs, in_the_repository, monkeypatch, capsys):
+    folder = inputs / f"edited_{name}"
+    shutil.copytree(inputs / "classifier", folder)
+    change = CONFIGS[name]
+    if isinstance(change, str):
+        (folder / "config.json").write_text(change)
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | dict([change])))
+    command = f"run_finetune INPUTS/finetune.yaml init={folder}"
+    by_path = isinstance(change, str) or name in ("other_width", "list_labels")
+    check_one_line(command, [f"edited_{name}" if by_path else change[0]], inputs, monkeypatch, capsys)
+    shutil.rmtree(folder)
+
+
+def odd_checkpoints():
+    yield "empty.pt", b""
+    yield from (
+        (f"text{number}.pt", text) for number, text in enumerate((b"hello", b"import torch", b"cos\nsystem\n."))
+    )
+    yield from ((f"bytes{number}.pt", bytes([number] * 40)) for number in (0, 40, 80, 128, 200, 255))
+    yield "zip.pt", b"PK\x03\x04" + bytes(60)
+    for name, value in {"list": [1], "numbers": {1: torch.ones(2)}, "mixed": {"a": 1, 2: 3}, "nothing": {}}.items():
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        yield f"{name}.pt", buffer.getvalue()
+
+
+@pytest.mark.parametrize("name, content", [pytest.param(*case, id=case[0]) for case in odd_checkpoints()])
+def test_what_is_no_checkpoint_is_one_line(name, content, inputs, in_the_repository, monkeypatch, capsys):
+    (inputs / name).write_bytes(content)
+    check_one_line(f"{CONVERT} INPUTS/{name}", [name], inputs, monkeypatch, capsys)
+
+
+def check_one_line(command, words, inputs, monkeypatch, capsys):
     script, *arguments = command.replace("INPUTS", str(inputs)).split(" ")
     if "{" in command:  # one override whose value has spaces
         first = next(index for index, argument in enumerate(arguments) if "{" in argument)
