@@ -2,7 +2,8 @@
 
 A number is named by (seed, image id, purpose, indices) and by nothing else. So the attacker, the defence and the scoring
 never share a draw, and a result does not depend on the batch an image is in, on how many processes there are, or on where
-a run was interrupted. The global generators are neither read nor advanced.
+a run was interrupted. The global generators are neither read nor advanced. Why training has other names is said in
+`data.randomness`.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ def stream_seed(seed: int, image_id: str, purpose: str, *indices: int) -> int:
     other by the letter, use `distinct_seeds`.
     """
     name = f"{seed}/{image_id}/{purpose}/{'/'.join(map(str, indices))}"
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
+    return int.from_bytes(hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest(), "big") >> 1
 
 
 def distinct_seeds(seed: int, image_id: str, purpose: str, draws: range) -> list[int]:

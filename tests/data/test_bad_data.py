@@ -15,6 +15,7 @@ from modeling_nim.data import BadImageError, DataRecipe, load_source
 from modeling_nim.data.decode import decode_rgb, decode_window
 from modeling_nim.data.loader import CropRecipe, TrainingImages
 from modeling_nim.data.streams import StreamPosition
+from modeling_nim.robustness.draws import evaluation_order
 
 
 def photo(height=40, width=60) -> Image.Image:
@@ -151,6 +152,8 @@ def test_names_that_are_no_unicode_are_read(tmp_path):
         file.write(encoded())
     source = load_source(recipe, "train")
     assert len(source) == 4 and all(source[index][0].size == (60, 40) for index in range(4))
+    order = evaluation_order([source.image_id(index) for index in range(4)])  # the ids name random numbers
+    assert sorted(order) == [0, 1, 2, 3]
 
 
 def test_what_is_no_image_is_left_out_of_the_listing(tmp_path):
