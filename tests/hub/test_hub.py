@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import transformers
 import yaml
 from huggingface_hub import parse_eval_result_entries
 from PIL import Image
@@ -33,8 +32,7 @@ from modeling_nim import (
 
 
 ROOT = Path(__file__).parents[2]
-# Where the libraries of this process are; another version of transformers may stand before the others.
-SITE_PACKAGES = os.pathsep.join(str(Path(library.__file__).parents[1]) for library in (transformers, torch))
+SITE_PACKAGES = str(Path(torch.__file__).parents[1])
 ENCODER = {
     "image_size": 16,
     "patch_size": 4,
@@ -76,7 +74,7 @@ def make_models() -> dict[str, torch.nn.Module]:
     settings = {"classifier_image_mean": [0.5] * 3, "classifier_image_std": [0.5] * 3}
     models["script-purified"] = from_parts(models["nim-mae"], models["nim-classifier"], sigma=40)
     models["simmim-purified"] = from_parts(models["nim-simmim"], models["simmim-classifier"], sigma=40)
-    models["vit-purified"] = from_parts(models["nim-mae"], vit, sigma=40, image_size=16, **settings)
+    models["vit-purified"] = from_parts(models["nim-mae"], vit, sigma=40, **settings)
     return {name: model.eval() for name, model in models.items()}
 
 
@@ -111,10 +109,9 @@ for line in sys.argv[1:]:
 
 # Runs with -I -S and site-packages appended by hand, so that no .pth file can make this package importable.
 LOAD = """
-import os
 import sys
 site_packages, folder, names = sys.argv[1], sys.argv[2], sys.argv[3].split(",")
-sys.path += site_packages.split(os.pathsep)
+sys.path.append(site_packages)
 try:
     import modeling_nim
 except ImportError:
