@@ -38,5 +38,5 @@ def test_the_demo_table_shows_the_rows_of_the_summary(tmp_path):
             row["ci95"] = [row["accuracy"] - 1, row["accuracy"] + 1]
     file.write_text(json.dumps(summary))
     made = make_readme.filled("<!-- results:demo -->\n<!-- end -->", tmp_path)
-    [line] = [line for line in made.splitlines() if line.startswith("| **purified, sigma 75**")]
+    [line] = [line for line in made.splitlines() if line.startswith("| purified, sigma 75")]
     assert "| 14.0 / 18.0 [17.0, 19.0] / 26.0 |" in line
