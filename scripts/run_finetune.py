@@ -291,6 +291,7 @@ def save_models(
     accelerator, recipe = finetuning.accelerator, finetuning.recipe
     if not finetuning.trains_purifier:
         save_model_dir(accelerator, finetuning.model, recipe.output_dir, average)
+    composes = purified_model and not recipe.trust_remote_code  # a classifier with code of its own stays where it is
     if purified_model and accelerator.is_main_process:
         purifier, classifier = purified_model.purifier, purified_model.classifier
         if finetuning.trains_purifier:
@@ -303,11 +304,11 @@ def save_models(
                 write_model_dir(classifier, recipe.output_dir)
         else:
             classifier = type(classifier).from_pretrained(recipe.output_dir)
-        if not recipe.trust_remote_code:  # a classifier with code of its own stays where it is
+        if composes:
             composed = NIMPurifiedImageClassification.from_parts(purifier.cpu(), classifier.cpu(), recipe.defense_sigma)
             write_model_dir(composed, os.path.join(recipe.output_dir, "purified"))
     accelerator.print(
-        f"what was trained is in {recipe.output_dir}{', composed in purified/ under it' * bool(purified_model)}"
+        f"what was trained is in {recipe.output_dir}{', composed in purified/ under it' * bool(composes)}"
     )
 
 

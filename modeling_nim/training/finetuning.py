@@ -129,19 +129,21 @@ class Finetuning:
         """Eq. 10 on `images_01` `(B, 3, H, W)`, and what the recipe adds to it."""
         num_draws = self.recipe.consistency.num_draws
         purposes = ["degradation", *(f"degradation {number}" for number in range(1, num_draws))]
-        seeds = np.stack([image_seeds(self.recipe.seed, *which, purpose) for purpose in purposes], axis=1)  # (B, K)
+        seeds = np.stack([image_seeds(self.recipe.seed, *which, purpose) for purpose in purposes])  # (K, B)
         draws = self.draw(seeds.flatten())
         if "sigma" in draws:  # all draws of an image at the sigma of its first
-            draws["sigma"] = draws["sigma"][::num_draws].repeat_interleave(num_draws)
-        pixel_values = self.normalize(images_01).repeat_interleave(num_draws, dim=0)  # (B * K, 3, H, W)
+            draws["sigma"] = draws["sigma"][: len(images_01)].repeat(num_draws)
+        pixel_values = self.normalize(images_01).repeat(num_draws, 1, 1, 1)  # (K * B, 3, H, W)
         with inputs_of(self.head) as features:
             logits, purified = self._answer(self.model, pixel_values, draws)
-        loss = consistent_cross_entropy(logits.unflatten(0, (-1, num_draws)), clean.targets, self.recipe.consistency)
+        loss = consistent_cross_entropy(
+            logits.unflatten(0, (num_draws, -1)).transpose(0, 1), clean.targets, self.recipe.consistency
+        )
         if weight := self.recipe.adversary.reconstruction_weight:
-            target = self.normalize(clean.images_01).repeat_interleave(num_draws, dim=0)
+            target = self.normalize(clean.images_01).repeat(num_draws, 1, 1, 1)
             loss = loss + weight * (purified.float() - target).square().mean()
         if weight := self.recipe.feature_loss.weight:
-            target = clean.features.float().repeat_interleave(num_draws, dim=0)  # (B * K, D)
+            target = clean.features.float().repeat(num_draws, 1)  # (K * B, D)
             errors = (features[0].float() - target).square().sum(dim=-1) / target.square().sum(dim=-1).clamp_min(1e-12)
             loss = loss + weight * errors.mean()
         return loss

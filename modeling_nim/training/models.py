@@ -241,6 +241,10 @@ def _read_config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
     except (OSError, StrictDataclassError):  # these name the file or the field
         raise
     except Exception as error:  # a file edited by hand makes transformers trip over whatever comes first
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{path!r} has Python code of its own; read it, and set trust_remote_code=true to run it"
+            ) from None
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"config.json of {path!r} makes no model: {kind}{str(error)[:400]}") from None
 

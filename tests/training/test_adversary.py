@@ -354,9 +354,9 @@ def test_a_purifier_learns_in_tiles_before_a_classifier_with_code_of_its_own(den
     recipe["optimization"] = {"batch_size": 16, "base_learning_rate": 0.016, "steps": 2}
 
     printed = run("run_finetune", recipe, tmp_path / "untrusted", exit_code=2)
-    assert "trust_remote_code" in printed
+    assert "has Python code of its own; read it, and set trust_remote_code=true" in printed
     printed = run("run_finetune", recipe, tmp_path / "run", "trust_remote_code=true", "execution.mixed_precision=bf16")
-    assert "attention: eager (17 tokens)" in printed
+    assert "attention: eager (17 tokens)" in printed and "purified/" not in printed
     before, after = (
         load_file(folder / "model.safetensors")
         for folder in (denoised.parent.parent / "pretrain", tmp_path / "run/purifier")
