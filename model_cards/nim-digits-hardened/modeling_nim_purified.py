@@ -16,7 +16,7 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_nim import NIMPurifiedConfig
+from .configuration_nim import MAX_VOTES, NIMPurifiedConfig
 from .image_processing import ImageProcessorMixin, image_processor_for, image_settings_of
 from .modeling_nim import NIMForImageClassification, NIMForPreTraining, classification_loss, require_image_size
 from .modeling_nim_simmim import NIMSimMIMForImageClassification, NIMSimMIMForPreTraining
@@ -241,8 +241,8 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, PreTrainedModel):
         votes = self.config.num_votes if num_votes is None else num_votes
         if isinstance(votes, bool) or not isinstance(votes, int):
             raise ValueError(f"num_votes must be a whole number, got {votes!r}")
-        if votes < 1:
-            raise ValueError(f"num_votes must be at least 1, got {votes}")
+        if not 1 <= votes <= MAX_VOTES:
+            raise ValueError(f"num_votes must be at least 1 and at most {MAX_VOTES}, got {votes}")
         return votes
 
     def prepare_for_classifier(self, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,8 @@ from .checks_nim import check_patch_embedding, check_sizes, check_tiles
 from .noise_nim import parse_sigma
 
 
+MAX_VOTES = 100_000  # draws of one answer; more change nothing that could be measured
+
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 
@@ -372,8 +374,8 @@ class NIMPurifiedConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         parse_sigma(self.sigma)
-        if self.num_votes < 1:
-            raise ValueError(f"num_votes must be at least 1, got {self.num_votes}")
+        if not 1 <= self.num_votes <= MAX_VOTES:
+            raise ValueError(f"num_votes must be at least 1 and at most {MAX_VOTES}, got {self.num_votes}")
         self.purifier_config = _sub_config(self.purifier_config, NIMConfig)
         self.classifier_config = _sub_config(self.classifier_config, NIMClassifierConfig)
         smallest = self.purifier_config.image_size
