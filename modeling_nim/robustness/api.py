@@ -178,7 +178,7 @@ def evaluate(
     if isinstance(attacks, (str, AttackRecipe, dict)) or callable(attacks):
         attacks = [attacks]
     recipe = AttackRunRecipe(
-        output_dir or "",
+        output_dir or "none",  # until there is a temporary one
         models=[EvaluatedModelRecipe(name) for name in dict.fromkeys(target.name for target in targets)],
         protocol=protocol,
         attacks=[_attack_recipe(one, epsilon_255) for one in attacks],

@@ -133,18 +133,19 @@ for name in names:
     model, report = auto_class.from_pretrained(repo_id, trust_remote_code=True, output_loading_info=True)
     assert type(model).__module__.startswith("transformers_modules."), type(model)
     assert not report["missing_keys"] and not report["unexpected_keys"], report
-    extra = {"epsilon": inputs["epsilon"]} if pre_training or "purified" in name else {}
+    own = {key: inputs.get(f"{name}.{key}", inputs[key]) for key in ("pixel_values", "epsilon")}
+    extra = {"epsilon": own["epsilon"]} if pre_training or "purified" in name else {}
     with torch.no_grad():
-        output = model.eval()(inputs["pixel_values"], **extra, **({"sigma": 30} if pre_training else {}))
+        output = model.eval()(own["pixel_values"], **extra, **({"sigma": 30} if pre_training else {}))
     outputs[name] = output.logits
     if pre_training:
         outputs[f"{name}.reconstruction"] = output.reconstruction
         encoder = AutoModel.from_pretrained(repo_id, trust_remote_code=True).eval()
         with torch.no_grad():
-            outputs[f"{name}.features"] = encoder(inputs["pixel_values"]).last_hidden_state
+            outputs[f"{name}.features"] = encoder(own["pixel_values"]).last_hidden_state
         features = pipeline("image-feature-extraction", repo_id, trust_remote_code=True)(f"{folder}/image.png")
         answers[name] = [len(features), len(features[0]), len(features[0][0])]
-        outputs[f"{name}.purified"] = model.purify(inputs["pixel_values"], sigma=30, epsilon=inputs["epsilon"]).detach()
+        outputs[f"{name}.purified"] = model.purify(own["pixel_values"], sigma=30, epsilon=own["epsilon"]).detach()
         continue
     pipe = pipeline("image-classification", repo_id, trust_remote_code=True)
     if "purified" in name:
@@ -167,7 +168,12 @@ def pushed(tmp_path_factory):
         model.save_pretrained(folder / name)
     torch.manual_seed(1)
     pixel_values, epsilon = torch.randn(2, 2, 3, 16, 16)
-    save_file({"pixel_values": pixel_values, "epsilon": epsilon}, folder / "inputs.safetensors")
+    inputs = {"pixel_values": pixel_values, "epsilon": epsilon}
+    larger = torch.randn(
+        2, 2, 3, 24, 24
+    )  # this classifier is larger than the purifier, and its images are purified in tiles
+    inputs |= {"vit-purified.pixel_values": larger[0].clone(), "vit-purified.epsilon": larger[1].clone()}
+    save_file(inputs, folder / "inputs.safetensors")
     levels = np.random.default_rng(0).integers(0, 256, (30, 20, 3), dtype=np.uint8)
     Image.fromarray(levels).save(folder / "image.png")
     with StubHub() as hub:
@@ -209,17 +215,18 @@ def test_outputs_without_the_package_are_the_same(pushed, name):
     inputs = load_file(pushed["folder"] / "inputs.safetensors")
     model = pushed["models"][name]
     is_purified, is_pre_training = "purified" in name, name in ("nim-mae", "nim-simmim")
-    extra = {"epsilon": inputs["epsilon"]} if is_purified or is_pre_training else {}
+    own = {key: inputs.get(f"{name}.{key}", inputs[key]) for key in ("pixel_values", "epsilon")}
+    extra = {"epsilon": own["epsilon"]} if is_purified or is_pre_training else {}
     with torch.no_grad():
-        output = model(inputs["pixel_values"], **extra, **({"sigma": 30} if is_pre_training else {}))
+        output = model(own["pixel_values"], **extra, **({"sigma": 30} if is_pre_training else {}))
     expected = {name: output.logits}
     if is_pre_training:
         expected[f"{name}.reconstruction"] = output.reconstruction
         with torch.no_grad():
             encoder = model.vit if name == "nim-mae" else model.beit
-            expected[f"{name}.features"] = encoder(inputs["pixel_values"]).last_hidden_state
+            expected[f"{name}.features"] = encoder(own["pixel_values"]).last_hidden_state
         assert pushed["answers"][name] == [1, 17, 32]  # one image, CLS and 16 patches, width 32
-        expected[f"{name}.purified"] = model.purify(inputs["pixel_values"], sigma=30, epsilon=inputs["epsilon"])
+        expected[f"{name}.purified"] = model.purify(own["pixel_values"], sigma=30, epsilon=own["epsilon"])
     for key, value in expected.items():
         torch.testing.assert_close(pushed["outputs"][key], value.detach(), atol=1e-6, rtol=0)
 

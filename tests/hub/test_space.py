@@ -367,6 +367,7 @@ def test_in_a_browser_pictures_change_and_a_wrong_file_gets_a_message(browser, u
         lambda: (now := sources()) and now["defended-purified"] != first["defended-purified"] and now, "its pictures"
     )
     verdict = wait_for(lambda: find("#defended-verdict")[0].text, "the verdict")
+    first = sources()  # all of them are there when the verdict is
     assert "digit" in verdict and "eps 8/255" in verdict and "Of 20 fresh draws" in verdict
     assert len(find("#defended-bars .pair")) == len(find("#undefended-bars .pair")) == 10
     assert all("→" in bar.text and "%" in bar.text for bar in find("#defended-bars .percent"))
@@ -382,6 +383,8 @@ def test_in_a_browser_pictures_change_and_a_wrong_file_gets_a_message(browser, u
     second = wait_for(
         lambda: (now := sources()) and now["defended-purified"] != first["defended-purified"] and now, "new ones"
     )
+    wait_for(lambda: sources()["defended-attacked"] != first["defended-attacked"], "the attacked image")
+    second = sources()
     changed = {name for name in PICTURES if first[name] != second[name]}
     assert changed == set(PICTURES) - {"undefended-clean", "defended-clean"}
 

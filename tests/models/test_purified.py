@@ -91,7 +91,7 @@ def test_a_generator_gives_the_same_answer_at_any_batch_size(model, pixel_values
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"num_votes": 0}, "at least 1, got 0"),
+        ({"num_votes": 0}, "at least 1 and at most 100000, got 0"),
         ({"sigma": -5}, "sigma must be >= 0"),
         ({"num_votes": 2, "epsilon": torch.zeros(4, 3, 16, 16)}, r"\(B, 2, 3, H, W\)"),
         ({"num_votes": 2, "epsilon": torch.zeros(4, 3, 3, 16, 16)}, "holds 3 draws for num_votes=2"),
