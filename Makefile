@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LAUNCH := $(BIN)/python scripts/launch.py --config_file scripts/launch/cpu.yaml
 DIGITS := scripts/recipes/digits
 
-.PHONY: setup demo test lint bench cards space clean
+.PHONY: setup demo test test-transformers lint bench cards space clean
 
 setup: $(VENV)/.installed
 
@@ -30,6 +30,10 @@ demo: setup
 
 test: setup lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# transformers' own common tests on our classes; pip downloads its source distribution once, into .cache/.
+test-transformers: setup
+	$(BIN)/python -m pytest -c tests/transformers_common/pytest.ini tests/transformers_common
 
 lint: setup
 	$(BIN)/ruff check .

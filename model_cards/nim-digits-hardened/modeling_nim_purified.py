@@ -314,7 +314,7 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, PreTrainedModel):
         purified = self.purifier.restore(degraded, hidden, pixel_values)  # (B * K, 3, H, W)
         classified = self.classifier(self.prepare_for_classifier(purified), **kwargs)
         logits = classified.logits  # (B * K, num_labels)
-        problem_type = self.config.classifier_config.problem_type
+        problem_type = self.config.problem_type or self.config.classifier_config.problem_type
         if votes > 1:
             logits = _mean_of_votes(logits.float().view(batch_size, votes, -1), problem_type)  # (B, num_labels)
         return NIMPurifiedOutput(
@@ -355,4 +355,6 @@ def _flatten_votes(name: str, draw: torch.Tensor | None, shape: tuple[str, ...],
 
 
 def _of_first_vote(tensors: tuple[torch.Tensor, ...] | None, votes: int) -> tuple[torch.Tensor, ...] | None:
-    return None if tensors is None else tuple(tensor[::votes] for tensor in tensors)
+    if tensors is None or votes == 1:
+        return tensors  # themselves, so that a gradient can be kept for them
+    return tuple(None if tensor is None else tensor[::votes] for tensor in tensors)

@@ -389,8 +389,8 @@ class NIMPurifiedConfig(PreTrainedConfig):
         if num_labels is not None:  # in `from_pretrained`: weights of another number are refused as any classifier's
             self.classifier_config.num_labels = num_labels
         # The labels are the classifier's, so that the pipeline and the Hub see them where they look.
-        kwargs["id2label"] = dict(self.classifier_config.id2label)
-        kwargs["label2id"] = {name: index for index, name in kwargs["id2label"].items()}
+        self.id2label = dict(self.classifier_config.id2label)
+        self.label2id = {name: index for index, name in self.id2label.items()}
         if not type(self).__module__.startswith("transformers_modules."):
             # The imported package has its pipeline registered; with this entry transformers would still refuse to build
             # one without trust_remote_code.
@@ -401,9 +401,19 @@ class NIMPurifiedConfig(PreTrainedConfig):
         """Adds where the pipeline with sigma, votes and the purified image is, for users without this package."""
         config = super().to_dict()
         for part in ("purifier_config", "classifier_config"):
-            config[part].pop("_name_or_path", None)  # a path on the machine that composed the model
+            config[part]["_name_or_path"] = ""  # it was a path on the machine that composed the model
         pipeline = {"impl": "pipeline_nim.NIMImageClassificationPipeline", "pt": ["AutoModelForImageClassification"]}
         return config | {"custom_pipelines": {"image-classification": pipeline}}
+
+    @property
+    def num_labels(self) -> int | None:
+        """Number of classes: the classifier's; another number is another classifier."""
+        return None if self.id2label is None else len(self.id2label)
+
+    @num_labels.setter
+    def num_labels(self, number: int) -> None:
+        self.classifier_config.num_labels = number
+        self.id2label, self.label2id = dict(self.classifier_config.id2label), dict(self.classifier_config.label2id)
 
     @property
     def image_mean(self) -> list[float]:
