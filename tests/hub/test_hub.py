@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 import yaml
 from huggingface_hub import parse_eval_result_entries
 from PIL import Image
@@ -32,7 +33,8 @@ from modeling_nim import (
 
 
 ROOT = Path(__file__).parents[2]
-SITE_PACKAGES = str(Path(torch.__file__).parents[1])
+# Where the libraries of this process are; another version of transformers may stand before the others.
+SITE_PACKAGES = os.pathsep.join(str(Path(library.__file__).parents[1]) for library in (transformers, torch))
 ENCODER = {
     "image_size": 16,
     "patch_size": 4,
@@ -74,7 +76,7 @@ def make_models() -> dict[str, torch.nn.Module]:
     settings = {"classifier_image_mean": [0.5] * 3, "classifier_image_std": [0.5] * 3}
     models["script-purified"] = from_parts(models["nim-mae"], models["nim-classifier"], sigma=40)
     models["simmim-purified"] = from_parts(models["nim-simmim"], models["simmim-classifier"], sigma=40)
-    models["vit-purified"] = from_parts(models["nim-mae"], vit, sigma=40, **settings)
+    models["vit-purified"] = from_parts(models["nim-mae"], vit, sigma=40, image_size=16, **settings)
     return {name: model.eval() for name, model in models.items()}
 
 
@@ -109,9 +111,10 @@ for line in sys.argv[1:]:
 
 # Runs with -I -S and site-packages appended by hand, so that no .pth file can make this package importable.
 LOAD = """
+import os
 import sys
 site_packages, folder, names = sys.argv[1], sys.argv[2], sys.argv[3].split(",")
-sys.path.append(site_packages)
+sys.path += site_packages.split(os.pathsep)
 try:
     import modeling_nim
 except ImportError:
@@ -133,19 +136,18 @@ for name in names:
     model, report = auto_class.from_pretrained(repo_id, trust_remote_code=True, output_loading_info=True)
     assert type(model).__module__.startswith("transformers_modules."), type(model)
     assert not report["missing_keys"] and not report["unexpected_keys"], report
-    own = {key: inputs.get(f"{name}.{key}", inputs[key]) for key in ("pixel_values", "epsilon")}
-    extra = {"epsilon": own["epsilon"]} if pre_training or "purified" in name else {}
+    extra = {"epsilon": inputs["epsilon"]} if pre_training or "purified" in name else {}
     with torch.no_grad():
-        output = model.eval()(own["pixel_values"], **extra, **({"sigma": 30} if pre_training else {}))
+        output = model.eval()(inputs["pixel_values"], **extra, **({"sigma": 30} if pre_training else {}))
     outputs[name] = output.logits
     if pre_training:
         outputs[f"{name}.reconstruction"] = output.reconstruction
         encoder = AutoModel.from_pretrained(repo_id, trust_remote_code=True).eval()
         with torch.no_grad():
-            outputs[f"{name}.features"] = encoder(own["pixel_values"]).last_hidden_state
+            outputs[f"{name}.features"] = encoder(inputs["pixel_values"]).last_hidden_state
         features = pipeline("image-feature-extraction", repo_id, trust_remote_code=True)(f"{folder}/image.png")
         answers[name] = [len(features), len(features[0]), len(features[0][0])]
-        outputs[f"{name}.purified"] = model.purify(own["pixel_values"], sigma=30, epsilon=own["epsilon"]).detach()
+        outputs[f"{name}.purified"] = model.purify(inputs["pixel_values"], sigma=30, epsilon=inputs["epsilon"]).detach()
         continue
     pipe = pipeline("image-classification", repo_id, trust_remote_code=True)
     if "purified" in name:
@@ -168,12 +170,7 @@ def pushed(tmp_path_factory):
         model.save_pretrained(folder / name)
     torch.manual_seed(1)
     pixel_values, epsilon = torch.randn(2, 2, 3, 16, 16)
-    inputs = {"pixel_values": pixel_values, "epsilon": epsilon}
-    larger = torch.randn(
-        2, 2, 3, 24, 24
-    )  # this classifier is larger than the purifier, and its images are purified in tiles
-    inputs |= {"vit-purified.pixel_values": larger[0].clone(), "vit-purified.epsilon": larger[1].clone()}
-    save_file(inputs, folder / "inputs.safetensors")
+    save_file({"pixel_values": pixel_values, "epsilon": epsilon}, folder / "inputs.safetensors")
     levels = np.random.default_rng(0).integers(0, 256, (30, 20, 3), dtype=np.uint8)
     Image.fromarray(levels).save(folder / "image.png")
     with StubHub() as hub:
@@ -215,18 +212,17 @@ def test_outputs_without_the_package_are_the_same(pushed, name):
     inputs = load_file(pushed["folder"] / "inputs.safetensors")
     model = pushed["models"][name]
     is_purified, is_pre_training = "purified" in name, name in ("nim-mae", "nim-simmim")
-    own = {key: inputs.get(f"{name}.{key}", inputs[key]) for key in ("pixel_values", "epsilon")}
-    extra = {"epsilon": own["epsilon"]} if is_purified or is_pre_training else {}
+    extra = {"epsilon": inputs["epsilon"]} if is_purified or is_pre_training else {}
     with torch.no_grad():
-        output = model(own["pixel_values"], **extra, **({"sigma": 30} if is_pre_training else {}))
+        output = model(inputs["pixel_values"], **extra, **({"sigma": 30} if is_pre_training else {}))
     expected = {name: output.logits}
     if is_pre_training:
         expected[f"{name}.reconstruction"] = output.reconstruction
         with torch.no_grad():
             encoder = model.vit if name == "nim-mae" else model.beit
-            expected[f"{name}.features"] = encoder(own["pixel_values"]).last_hidden_state
+            expected[f"{name}.features"] = encoder(inputs["pixel_values"]).last_hidden_state
         assert pushed["answers"][name] == [1, 17, 32]  # one image, CLS and 16 patches, width 32
-        expected[f"{name}.purified"] = model.purify(own["pixel_values"], sigma=30, epsilon=own["epsilon"])
+        expected[f"{name}.purified"] = model.purify(inputs["pixel_values"], sigma=30, epsilon=inputs["epsilon"])
     for key, value in expected.items():
         torch.testing.assert_close(pushed["outputs"][key], value.detach(), atol=1e-6, rtol=0)
 

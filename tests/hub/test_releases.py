@@ -52,8 +52,8 @@ def test_a_released_directory_holds_what_a_pushed_one_holds(folder, tmp_path):
 
 # Runs with -I -S and site-packages appended by hand, so that no .pth file can make this package importable.
 CLASSIFY = """
-import json, sys
-sys.path.append(sys.argv[1])
+import json, os, sys
+sys.path += sys.argv[1].split(os.pathsep)
 sys.modules["modeling_nim"] = None
 import torch
 from transformers import AutoImageProcessor, AutoModelForPreTraining, pipeline
