@@ -177,22 +177,21 @@ def evaluate(
     images = _images(data, targets, processor, _device(targets))
     if isinstance(attacks, (str, AttackRecipe, dict)) or callable(attacks):
         attacks = [attacks]
-    recipe = AttackRunRecipe(
-        output_dir or "none",  # until there is a temporary one
-        models=[EvaluatedModelRecipe(name) for name in dict.fromkeys(target.name for target in targets)],
-        protocol=protocol,
-        attacks=[_attack_recipe(one, epsilon_255) for one in attacks],
-        epsilon_255=None if epsilon_255 is None else list(epsilon_255),
-        num_images=num_images,
-        seeds=None if seeds is None else list(seeds),
-        num_draws=num_draws,
-        batch_size=batch_size,
-        micro_batch=micro_batch,
-    )
-    plan = resolve(recipe, undefended=[target.name for target in targets if target.sigma is None])
-    run = AttackRun(targets, images, plan, micro_batch)
     with nullcontext(output_dir) if output_dir else TemporaryDirectory() as directory:
-        recipe.output_dir = str(directory)
+        recipe = AttackRunRecipe(
+            str(directory),
+            models=[EvaluatedModelRecipe(name) for name in dict.fromkeys(target.name for target in targets)],
+            protocol=protocol,
+            attacks=[_attack_recipe(one, epsilon_255) for one in attacks],
+            epsilon_255=None if epsilon_255 is None else list(epsilon_255),
+            num_images=num_images,
+            seeds=None if seeds is None else list(seeds),
+            num_draws=num_draws,
+            batch_size=batch_size,
+            micro_batch=micro_batch,
+        )
+        plan = resolve(recipe, undefended=[target.name for target in targets if target.sigma is None])
+        run = AttackRun(targets, images, plan, micro_batch)
         records = run.open(recipe, batch_size, accelerator)
         total = sum(job.num_images for job in run.jobs)
         with tqdm(total=total, unit="image", disable=not progress) as bar:

@@ -32,6 +32,14 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def store(summary: bytes, records: bytes, result: Path) -> Path:
+    """Writes a summary as `result` and its records, compressed, into `records/` beside it; returns where those are."""
+    write_bytes(result, summary)
+    kept = result.parent / "records" / f"{result.stem}.jsonl.gz"
+    write_bytes(kept, gzip.compress(records, mtime=0))  # no time in the header: equal records give an equal file
+    return kept
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = make_parser().parse_args(argv)
     run, result = Path(arguments.run), Path(arguments.result)
@@ -43,10 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stated = json.loads(summary)["provenance"].get("records_sha256")
     if hashlib.sha256(records).hexdigest() != stated:
         raise ValueError(f"{found[1]} has not the SHA-256 {stated} that {found[0]} names: run the evaluation again")
-    write_bytes(result, summary)
-    kept = result.parent / "records" / f"{result.stem}.jsonl.gz"
-    write_bytes(kept, gzip.compress(records, mtime=0))  # no time in the header: equal records give an equal file
-    print(f"{result} and {kept}")
+    print(f"{result} and {store(summary, records, result)}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ if __name__ == "__main__":
     answer_help(__file__)
 
 import argparse
-import gzip
 import json
 import os
 import shlex
@@ -28,8 +27,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modeling_nim.runs.errors import run_main
-from modeling_nim.runs.files import write_bytes, write_text
+from modeling_nim.runs.files import write_text
 from recipes.studies import STUDIES, Row, Step, Study, Table
+from reports.collect import store
 from reports.tables import find_rows, markdown_table, percent
 
 
@@ -156,9 +156,7 @@ def collect(rows: Sequence[Row], results: Path) -> None:
     """Copies the summaries of what is done to `results`, and the records, compressed, to `results/records`."""
     for step, result in {(row.step, row.result) for row in rows if is_done(row.step)}:
         summary, records = (ROOT / step.output_dir / name for name in MADE[step.script])
-        write_bytes(results / f"{result}.json", summary.read_bytes())
-        # no time in the header: the same records give the same file
-        write_bytes(results / "records" / f"{result}.jsonl.gz", gzip.compress(records.read_bytes(), mtime=0))
+        store(summary.read_bytes(), records.read_bytes(), results / f"{result}.json")
 
 
 def make_parser() -> argparse.ArgumentParser:
