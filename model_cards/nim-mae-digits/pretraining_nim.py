@@ -27,7 +27,7 @@ class NIMForPreTrainingOutput(ViTMAEForPreTrainingOutput):
     Args:
         loss: scalar; the mean error over all patches (noise, Eq. 4) or over the hidden ones (mask, Eq. 2).
         logits: `(B, N, patch * patch * C)`, the prediction of every patch, channels last; normalised per patch with
-            `norm_pix_loss`; with `residual_prediction` the degraded image is in it.
+            `norm_pix_loss`.
         reconstruction: `(B, C, H, W)`, the prediction as normalised images, not clamped.
         degraded_pixel_values: `(B, C, H, W)`, what the encoder saw: noisy images, hidden patches zero.
         mask: `(B, N)`, 1 where a patch was hidden; None where none was.

@@ -47,7 +47,6 @@ _PRETRAINING_ONLY = (
     "sigma",
     "norm_pix_loss",
     "patch_statistics",
-    "residual_prediction",
     "reconstruction_loss",
     "tile_stride",
     "tile_border",
@@ -86,9 +85,6 @@ class NIMConfig(ViTMAEConfig):
         patch_embedding (`"linear"` or `"convolutional"`, *optional*, defaults to `"linear"`):
             `"linear"` is ViT's projection of patches that do not overlap. `"convolutional"` is a stem of 3x3 convolutions of
             stride 2 (Xiao et al. 2021), which learns faster from few images; its windows overlap, so it cannot hide patches.
-        residual_prediction (`bool`, *optional*, defaults to `False`):
-            Whether the decoder predicts what to add to the noisy image instead of the clean image (Zhang et al. 2017).
-            Needs `degradation="noise"` and `norm_pix_loss=False`.
         reconstruction_loss (`"mse"` or `"l1"`, *optional*, defaults to `"mse"`):
             Mean squared or mean absolute error of the reconstruction.
         tile_stride, tile_border (`int`, *optional*):
@@ -110,7 +106,6 @@ class NIMConfig(ViTMAEConfig):
     sigma: str | float | int = "gamma(25, 3)"
     patch_statistics: Literal["input", "noisy"] = "input"
     patch_embedding: Literal["linear", "convolutional"] = "linear"
-    residual_prediction: bool = False
     reconstruction_loss: Literal["mse", "l1"] = "mse"
     tile_stride: int | None = None
     tile_border: int | None = None
@@ -135,11 +130,6 @@ class NIMConfig(ViTMAEConfig):
             raise ValueError(
                 'patch_embedding="convolutional" has no meaning with degradation="mask": its windows overlap, so that '
                 'visible patches would show hidden pixels. Use patch_embedding="linear"'
-            )
-        if self.residual_prediction and (self.degradation == "mask" or self.norm_pix_loss):
-            raise ValueError(
-                'residual_prediction=True adds the noisy image to the prediction: it needs degradation="noise" and '
-                f"norm_pix_loss=False, got degradation={self.degradation!r} and norm_pix_loss={self.norm_pix_loss}"
             )
         super().__post_init__(**kwargs)
 

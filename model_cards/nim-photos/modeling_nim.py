@@ -278,8 +278,6 @@ class NIMForPreTraining(NIMPreTrainingMixin, NIMPreTrainedModel):
         self._check_image_size(degraded, interpolate_pos_encoding)
         encoded: ViTMAEModelOutput = self.vit(degraded, noise=hidden, **kwargs)
         logits = self._decode(encoded.last_hidden_state, encoded.ids_restore)  # (B, N, patch * patch * C)
-        if self.config.residual_prediction:
-            logits = logits + self.patchify(degraded)
         predicted = logits
         if self.config.norm_pix_loss:
             mean, std = self._target_statistics(pixel_values, degraded)

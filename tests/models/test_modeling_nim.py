@@ -30,19 +30,6 @@ def test_without_norm_pix_loss_the_prediction_is_the_image(pixel_values):
     torch.testing.assert_close(output.loss, (output.reconstruction - pixel_values).square().mean())
 
 
-def test_a_decoder_that_predicts_nothing_leaves_the_noisy_image_as_the_residual(pixel_values):
-    """The loss is then the noise's own mean square, (sigma / 255 / std)**2, and the reconstruction what came in."""
-    config = NIMConfig(**TINY, **TINY_DECODER, norm_pix_loss=False, residual_prediction=True)
-    model = NIMForPreTraining(config).eval()
-    torch.nn.init.zeros_(model.decoder.decoder_pred.weight)
-    torch.nn.init.zeros_(model.decoder.decoder_pred.bias)
-    epsilon = torch.randn_like(pixel_values)
-    output = model(pixel_values, sigma=51, epsilon=epsilon)
-    noise = 0.2 * epsilon / torch.tensor(config.image_std).view(1, 3, 1, 1)
-    torch.testing.assert_close(output.reconstruction, pixel_values + noise)
-    torch.testing.assert_close(output.loss, noise.square().mean())
-
-
 def test_a_convolutional_stem_sees_beyond_its_patch_and_the_linear_one_does_not(pixel_values):
     """Two steps of 3x3 windows see three pixels beyond the patch on the upper and left side, none on the others."""
     stem = NIMForPreTraining(NIMConfig(**TINY, **TINY_DECODER, patch_embedding="convolutional"))
@@ -132,8 +119,6 @@ def test_mask_mode_refuses_sigma(pixel_values):
         ({"patch_embedding": "convolutional", "patch_size": 14}, "patch_size 14 must be a power of two"),
         ({"patch_embedding": "convolutional", "hidden_size": 756}, "hidden_size 756 a multiple of 8"),
         ({"patch_embedding": "convolutional", "degradation": "mask"}, "show hidden pixels"),
-        ({"residual_prediction": True}, "norm_pix_loss=False, got .*norm_pix_loss=True"),
-        ({"residual_prediction": True, "norm_pix_loss": False, "degradation": "mask"}, "got degradation='mask'"),
     ],
 )
 def test_bad_configurations_are_refused(fields, message):
@@ -227,9 +212,7 @@ def test_fine_tuning_starts_from_a_pretrained_directory(purifier, tmp_path, capl
         (NIMForPreTraining, NIMConfig(**TINY, **TINY_DECODER, sigma="uniform(0, 30)"), AutoModelForPreTraining),
         (
             NIMForPreTraining,
-            NIMConfig(
-                **TINY, **TINY_DECODER, norm_pix_loss=False, patch_embedding="convolutional", residual_prediction=True
-            ),
+            NIMConfig(**TINY, **TINY_DECODER, norm_pix_loss=False, patch_embedding="convolutional"),
             AutoModelForPreTraining,
         ),
         (NIMForImageClassification, NIMClassifierConfig(**TINY, num_labels=5), AutoModelForImageClassification),

@@ -55,9 +55,7 @@ PURIFIERS = {
     "nim_mae": lambda: nim_mae(),
     "nim_mae noisy statistics": lambda: nim_mae(patch_statistics="noisy"),
     "nim_mae raw pixels": lambda: nim_mae(norm_pix_loss=False),
-    "nim_mae with a convolutional stem and a residual": lambda: nim_mae(
-        norm_pix_loss=False, patch_embedding="convolutional", residual_prediction=True
-    ),
+    "nim_mae with a convolutional stem": lambda: nim_mae(norm_pix_loss=False, patch_embedding="convolutional"),
     "mae": lambda: nim_mae(degradation="mask"),
     "nim_simmim": lambda: nim_simmim(),
     "simmim": lambda: nim_simmim(degradation="mask"),
