@@ -198,6 +198,24 @@ SETTINGS += ("queries", "patch_size", "source", "torchattacks_class", "arguments
 _LABELS = {"queries": "q{}", "source": "from {}", "eot_samples": "eot{}", "restarts": "r{}", "alpha_255": "a{:g}"}
 _LABELS |= {"loss": "{}", "norm": "{}", "targeted": "targeted"}
 
+# How a setting stands in the text of a card or a table, in this order; those of `_TOLD` at their defaults too.
+_TEXTS = {"norm": "{}", "steps": "{} steps", "alpha_255": "alpha {:g}", "eot_samples": "EOT {}"}
+_TEXTS |= {"restarts": "{} restarts", "queries": "{} queries", "loss": "loss {}", "targeted": "targeted"}
+_TEXTS |= {"random_start": "no random start", "patch_size": "patches of {}", "source": "from {}", "arguments": "{}"}
+_TOLD = ("steps", "alpha_255", "queries")
+
+
+def settings_text(settings: dict[str, Any]) -> list[str]:
+    """What sets an attack apart, in words, of the `settings` of a row (`AttackRecipe.settings`): `["10 steps", "alpha 2"]`."""
+    defaults = {item.name: _default(item) for item in dataclasses.fields(AttackRecipe) if item.name != "attack"}
+    texts = []
+    for key, text in _TEXTS.items():
+        value = settings.get(key)
+        if value is not None and (key in _TOLD or value != defaults[key]):
+            value = ", ".join(f"{name}={item}" for name, item in value.items()) if key == "arguments" else value
+            texts.append(text.format(value))
+    return texts
+
 
 def _default(item: dataclasses.Field) -> Any:
     return item.default_factory() if item.default is dataclasses.MISSING else item.default

@@ -44,6 +44,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from transformers import AutoConfig, PreTrainedConfig
 
 import modeling_nim
+from modeling_nim.robustness.recipes import SETTINGS
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.files import write_text
 from modeling_nim.runs.recipe import load_recipe, read_recipe
@@ -284,8 +285,7 @@ def metric_arguments(row: dict[str, Any]) -> dict[str, Any]:
     arguments = {key: row[key] for key in ("attack", "threat_model", "epsilon_255")}
     if row["sigma"] is not None:
         arguments["sigma_255"] = row["sigma"]
-    kept = ("norm", "steps", "alpha_255", "eot_samples", "restarts", "queries")
-    arguments |= {key: row["settings"][key] for key in kept if row.get("settings", {}).get(key) is not None}
+    arguments |= {key: value for key, value in row.get("settings", {}).items() if key in SETTINGS}
     if "num_draws" in row:
         arguments["num_draws"] = row["num_draws"]
     return arguments | {"ci95": [round(bound, 2) for bound in row["ci95"]], "num_images": row["num_images"]}

@@ -7,6 +7,8 @@ from typing import Any
 
 import jinja2
 
+from modeling_nim.robustness.recipes import settings_text
+
 
 Row = dict[str, Any]  # one of the `rows` of a summary.json or certified.json
 
@@ -45,13 +47,7 @@ def attack_text(row: Row) -> str:
     """The attack of a row with the settings that set attacks apart: "pgd (10 steps, alpha 2)"."""
     if row["attack"] == "none":
         return "none"
-    settings = row.get("settings", {})
-    details = [settings["norm"]] if settings.get("norm", "linf") != "linf" else []
-    details += [f"{settings['steps']} steps"] if "steps" in settings else []
-    details += [f"alpha {number(settings['alpha_255'])}"] if "alpha_255" in settings else []
-    details += [f"EOT {settings['eot_samples']}"] if settings.get("eot_samples", 1) > 1 else []
-    details += [f"{settings['restarts']} restarts"] if settings.get("restarts", 1) > 1 else []
-    details += [f"{settings['queries']} queries"] if "queries" in settings else []
+    details = settings_text(row.get("settings", {}))
     return row["attack"] + (f" ({', '.join(details)})" if details else "")
 
 

@@ -20,7 +20,9 @@ from modeling_nim import (
     NIMForPreTraining,
     NIMPurifiedImageClassification,
 )
+from modeling_nim.robustness.attacks import ATTACKS
 from modeling_nim.robustness.loading import model_hash
+from modeling_nim.robustness.recipes import AttackRecipe
 
 
 ROOT = Path(__file__).parents[2]
@@ -297,3 +299,31 @@ def test_released_models_of_photographs_classify_photographs(name):
     predictions = [pipe.model.config.label2id[answer[0]["label"]] for answer in answers]
     right = [prediction == int(label) for prediction, label in zip(predictions, LABELS, strict=True)]
     assert sum(right) >= 27  # of 60; chance gives 6, the cards say more than half
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ATTACKS if kind != "torchattacks"])
+def test_the_text_of_an_attack_tells_every_setting_that_its_row_of_the_table_uses(make_cards, kind):
+    others = {"norm": "l2", "steps": 7, "alpha_255": 1.0, "alpha_ratio": 0.5, "eot_samples": 3, "restarts": 2}
+    others |= {"random_start": False, "targeted": True, "loss": "margin", "queries": 50, "patch_size": 4}
+    needed = {"source": "m"} if kind == "transfer" else {}
+
+    def made(settings):
+        found = {"attack": kind, "threat_model": "white_box", "epsilon_255": 8, "settings": settings}
+        found |= {"sigma": None, "ci95": [0, 1], "num_images": 1}
+        return make_cards.attack_text(found), str(make_cards.metric_arguments(found))
+
+    plain = made(AttackRecipe(kind, **needed).settings(8.0))
+    for key in set(others) & set(ATTACKS[kind].settings):
+        text, arguments = made(AttackRecipe(kind, **(needed | {key: others[key]})).settings(8.0))
+        assert text != plain[0] and arguments != plain[1], f"{key} is not told: {text}"
+
+
+def test_the_text_of_an_attack_in_words(make_cards):
+    attack_text = make_cards.attack_text
+    settings = AttackRecipe("pgd", steps=20, eot_samples=5, restarts=2, norm="l2", random_start=False).settings(8.0)
+    found = {"attack": "pgd", "settings": settings}
+    assert attack_text(found) == "pgd (l2, 20 steps, alpha 2, EOT 5, 2 restarts, no random start)"
+    theirs = AttackRecipe("torchattacks", torchattacks_class="PGD", steps=3, arguments={"eps": 0.1}).settings(8.0)
+    assert "eps=0.1" in attack_text({"attack": "pgd", "settings": theirs})
+    own = AttackRecipe("robustness_targets:corner_attack", steps=3).settings(8.0)
+    assert attack_text({"attack": "corner_attack", "settings": own}) == "corner_attack (3 steps)"
