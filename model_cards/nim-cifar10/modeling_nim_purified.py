@@ -18,6 +18,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_nim import MAX_VOTES, NIMPurifiedConfig
 from .image_processing import ImageProcessorMixin, image_processor_for, image_settings_of
+from .loading_nim import LoadedAsBuiltMixin
 from .modeling_nim import NIMForImageClassification, NIMForPreTraining, classification_loss, require_image_size
 from .modeling_nim_simmim import NIMSimMIMForImageClassification, NIMSimMIMForPreTraining
 from .noise_nim import Generators, denormalize, generators_per_image, normalize
@@ -53,7 +54,7 @@ class NIMPurifiedOutput(ImageClassifierOutput):
     purified_pixel_values: torch.Tensor | None = None
 
 
-class NIMPurifiedImageClassification(ImageProcessorMixin, PreTrainedModel):
+class NIMPurifiedImageClassification(ImageProcessorMixin, LoadedAsBuiltMixin, PreTrainedModel):
     r"""
     An image classifier behind a purifier: `y = c(g(f(x + sigma * epsilon)))` (Eq. 9), differentiable from end to end.
 

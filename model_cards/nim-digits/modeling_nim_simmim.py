@@ -22,6 +22,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_nim import NIMSimMIMClassifierConfig, NIMSimMIMConfig
 from .image_processing import ImageProcessorMixin
+from .loading_nim import LoadedAsBuiltMixin
 from .modeling_nim import classification_loss
 from .pretraining_nim import NIMForPreTrainingOutput, NIMPreTrainingMixin
 
@@ -116,7 +117,7 @@ class NIMSimMIMDecoder(nn.Conv2d):
         return nn.functional.pixel_shuffle(super().forward(feature_map), self.patch_size)  # (B, C, H, W)
 
 
-class NIMSimMIMPreTrainedModel(ImageProcessorMixin, BeitPreTrainedModel):
+class NIMSimMIMPreTrainedModel(ImageProcessorMixin, LoadedAsBuiltMixin, BeitPreTrainedModel):
     """Initialisation as in SimMIM's reference code, and loading from its pre-trained models."""
 
     config_class = NIMSimMIMConfig

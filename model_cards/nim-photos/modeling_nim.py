@@ -22,6 +22,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_nim import NIMClassifierConfig, NIMConfig
 from .image_processing import ImageProcessorMixin
+from .loading_nim import LoadedAsBuiltMixin
 from .pretraining_nim import NIMForPreTrainingOutput, NIMPreTrainingMixin
 
 
@@ -155,7 +156,7 @@ class NIMEmbeddings(ViTMAEEmbeddings):
         return torch.cat([cls_token, tokens], dim=1), mask, ids_restore
 
 
-class NIMPreTrainedModel(ImageProcessorMixin, ViTMAEPreTrainedModel):
+class NIMPreTrainedModel(ImageProcessorMixin, LoadedAsBuiltMixin, ViTMAEPreTrainedModel):
     """Shared base of the NIM models: MAE's initialisation, reached by every nested model, loaded weights left alone."""
 
     config_class = NIMConfig
@@ -371,6 +372,8 @@ class NIMForImageClassification(NIMPreTrainedModel):
         self.vit = NIMModel(config, add_final_norm=False)  # the norm's place is taken by fc_norm, after the pooling
         self.fc_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        # MAE's fine-tuning trains the table of positions with the rest; pre-training alone holds it.
+        self.vit.embeddings.position_embeddings.requires_grad_()
         self.post_init()
 
     @torch.no_grad()

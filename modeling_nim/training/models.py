@@ -207,15 +207,7 @@ def load_purifier(path: str, trainable: bool = False) -> PreTrainedModel:
             raise ValueError(
                 f"{path!r} is a {model_type!r} model, which cannot purify; name a pre-trained NIM or MIM model"
             )
-    if not trainable:
-        return purifier.requires_grad_(False).eval()
-    with torch.device("meta"):
-        built = type(purifier)(purifier.config)
-    for weight, as_built in zip(purifier.parameters(), built.parameters(), strict=True):
-        weight.requires_grad_(
-            as_built.requires_grad
-        )  # loading makes all trainable: position tables, an unused mask token
-    return purifier
+    return purifier if trainable else purifier.requires_grad_(False).eval()
 
 
 def load_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:

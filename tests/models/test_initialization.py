@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from transformers import AutoModelForImageClassification
 
 from modeling_nim import (
     MODEL_SIZES,
@@ -13,10 +14,13 @@ from modeling_nim import (
     NIMConfig,
     NIMForImageClassification,
     NIMForPreTraining,
+    NIMModel,
+    NIMPurifiedImageClassification,
     NIMSimMIMClassifierConfig,
     NIMSimMIMConfig,
     NIMSimMIMForImageClassification,
     NIMSimMIMForPreTraining,
+    NIMSimMIMModel,
 )
 
 
@@ -174,3 +178,63 @@ def test_sizes_have_the_known_numbers_of_parameters(size, expected):
         NIMSimMIMForPreTraining(NIMSimMIMConfig(**MODEL_SIZES[size]))
     assert model.num_parameters() == expected
     assert model.config.patch_size == (14 if size == "huge" else 16)
+
+
+TABLES = {"vit.embeddings.position_embeddings", "decoder.decoder_pos_embed"}
+FROZEN = {  # what is not trained, fresh and loaded: MAE fine-tunes its table of positions and pre-trains with fixed ones
+    "encoder": {"embeddings.position_embeddings"},
+    "noise": TABLES | {"decoder.mask_token"},
+    "mask": TABLES,
+    "classifier": set(),
+    "simmim encoder": set(),
+    "simmim noise": {"beit.embeddings.mask_token"},
+    "simmim mask": set(),
+    "simmim classifier": set(),
+}
+
+
+def build(name: str):
+    degradation, simmim = name.split()[-1], name.startswith("simmim")
+    if name.endswith("classifier"):
+        config, cls = (
+            (NIMSimMIMClassifierConfig, NIMSimMIMForImageClassification)
+            if simmim
+            else (NIMClassifierConfig, NIMForImageClassification)
+        )
+        return cls(config(**SIZES))
+    fields = {} if degradation == "encoder" else {"degradation": degradation}
+    if simmim:
+        config = NIMSimMIMConfig(**SIZES, mask_patch_size=16, **fields)
+        return (NIMSimMIMModel if degradation == "encoder" else NIMSimMIMForPreTraining)(config)
+    config = NIMConfig(**SIZES, **DECODER, **fields)
+    return (NIMModel if degradation == "encoder" else NIMForPreTraining)(config)
+
+
+def frozen_in(model: torch.nn.Module) -> set[str]:
+    return {name for name, weight in model.named_parameters() if not weight.requires_grad}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_loading_freezes_what_building_freezes_and_no_more(tmp_path, name):
+    model = build(name)
+    assert frozen_in(model) == FROZEN[name]
+    model.save_pretrained(tmp_path)
+    loaded, _ = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    for again in (loaded, type(model).from_pretrained(tmp_path)):
+        assert frozen_in(again) == FROZEN[name]
+
+
+def test_a_pre_trained_model_is_fine_tuned_with_its_positions(tmp_path):
+    """Official MAE's classifier trains its position table: a pre-trained one starts as a fresh one does."""
+    build("noise").save_pretrained(tmp_path)
+    assert frozen_in(NIMForImageClassification.from_pretrained(tmp_path)) == set()
+    assert frozen_in(NIMModel.from_pretrained(tmp_path)) == {"embeddings.position_embeddings"}
+
+
+def test_a_composed_model_keeps_what_its_parts_freeze(tmp_path):
+    expected = {f"purifier.{name}" for name in FROZEN["noise"]}
+    model = NIMPurifiedImageClassification.from_parts(build("noise"), build("classifier"))
+    model.save_pretrained(tmp_path)
+    for loaded in (model, NIMPurifiedImageClassification.from_pretrained(tmp_path)):
+        assert frozen_in(loaded) == expected
+    assert frozen_in(AutoModelForImageClassification.from_pretrained(tmp_path)) == expected

@@ -127,7 +127,10 @@ def test_optimizer_groups_hold_every_trainable_parameter_once():
     rates = {names[parameter]: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
     decays = {names[p]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert rates.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert "vit.embeddings.position_embeddings" not in rates  # frozen
+    assert (
+        rates["vit.embeddings.position_embeddings"] == pytest.approx(0.1)
+        and decays["vit.embeddings.position_embeddings"] == 0
+    )
     assert rates["classifier.weight"] == 0.8 and rates["fc_norm.bias"] == 0.8
     assert rates["vit.layers.1.mlp.fc1.weight"] == pytest.approx(0.4)
     assert rates["vit.layers.0.mlp.fc1.weight"] == pytest.approx(0.2)
