@@ -4,8 +4,8 @@
     python examples/efficientnet_lite.py outputs/photos/efficientnet_lite0
 
 To wrap your own: a configuration that says size and normalization, a model whose `forward` returns
-`ImageClassifierOutput`, and this file beside the weights. The directory works wherever a classifier is named: in recipes
-with `trust_remote_code: true`, in `pipeline(..., trust_remote_code=True)`, and in Python before any purifier.
+`ImageClassifierOutput`, and this file beside the weights. The directory works wherever a classifier is named: in
+recipes with `trust_remote_code: true`, in `pipeline(..., trust_remote_code=True)`, and in Python before any purifier.
 """
 
 import argparse

@@ -33,7 +33,7 @@ def sincos_position_table(grid_size: int, dim: int) -> torch.Tensor:
     """The frozen 2-D sin-cos positions of MAE, `(1, 1 + grid_size**2, dim)`, float32; the class token's row is zero.
 
     The first half of each row encodes the column of the patch, the second half its row; each half is `dim / 4` sines
-    followed by `dim / 4` cosines with wavelengths from 2 pi to 10000 * 2 pi. This order is that of the published weights.
+    followed by `dim / 4` cosines with wavelengths from 2 pi to 10000 * 2 pi. The published weights have this order.
 
     Raises:
         ValueError: `dim` is no multiple of 4.
@@ -270,8 +270,10 @@ class NIMForPreTraining(NIMPreTrainingMixin, NIMPreTrainedModel):
 
         Args:
             degraded, hidden: the two results of `degrade`; `hidden` `(B, N)` is the order in which patches are hidden.
-            pixel_values: `(B, C, H, W)`, the images before that; `patch_statistics="input"` takes its statistics from them.
-            interpolate_pos_encoding: refused when true, since the decoder's positions hold for the configured size alone.
+            pixel_values: `(B, C, H, W)`, the images before that; `patch_statistics="input"` takes its statistics from
+                them.
+            interpolate_pos_encoding: refused when true, since the decoder's positions hold for the configured size
+                alone.
 
         Returns:
             [`NIMForPreTrainingOutput`] without `loss`.
@@ -358,8 +360,8 @@ class NIMForImageClassification(NIMPreTrainedModel):
     r"""
     The encoder with a classification head, as MAE fine-tunes it: mean over the patch tokens, `fc_norm`, linear.
 
-    `NIMForImageClassification.from_pretrained(PRE_TRAINED_DIR, num_labels=...)` starts fine-tuning: the encoder is loaded,
-    `fc_norm` and the head are fresh.
+    `NIMForImageClassification.from_pretrained(PRE_TRAINED_DIR, num_labels=...)` starts fine-tuning: the encoder is
+    loaded, `fc_norm` and the head are fresh.
     """
 
     config_class = NIMClassifierConfig
@@ -419,8 +421,8 @@ def classification_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type
     `"multi_label_classification"` the binary cross-entropy to labels `(B, num_labels)`.
 
     Raises:
-        ValueError: without a problem type, the labels are no `(B,)` integers; soft targets would otherwise turn silently into
-            another loss.
+        ValueError: without a problem type, the labels are no `(B,)` integers; soft targets would otherwise turn
+            silently into another loss.
     """
     if problem_type == "regression":
         return nn.functional.mse_loss(logits, labels.to(logits).view_as(logits))
@@ -428,7 +430,7 @@ def classification_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type
         return nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits))
     if labels.dtype.is_floating_point or labels.ndim != 1:
         raise ValueError(
-            f"labels must be class indices of shape (batch,), got {labels.dtype} of shape {tuple(labels.shape)}: compute "
-            "the loss of soft targets from the logits, or set problem_type in the configuration"
+            f"labels must be class indices of shape (batch,), got {labels.dtype} of shape {tuple(labels.shape)}: "
+            "compute the loss of soft targets from the logits, or set problem_type in the configuration"
         )
     return nn.functional.cross_entropy(logits, labels)

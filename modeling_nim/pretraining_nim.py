@@ -1,7 +1,7 @@
 """What both pre-training families are: degrade (Eq. 3 or Eq. 1), reconstruct, and score; without the score, purify.
 
-An image larger than the model is degraded whole and reconstructed in overlapping tiles (`tile_*` of the configuration), so
-that sigma, epsilon and what is certified mean the same at every size.
+An image larger than the model is degraded whole and reconstructed in overlapping tiles (`tile_*` of the configuration),
+so that sigma, epsilon and what is certified mean the same at every size.
 
 A family brings `reconstruct` and `forward_loss`, and says what its masks are made of (`mask_square_size`,
 `_hidden_from_noise`, `_hidden_from_mask`, `_mask_from_hidden`).
@@ -54,8 +54,8 @@ class NIMPreTrainingMixin:
     ) -> dict[str, torch.Tensor]:
         """The random numbers of `batch_size` images, as keyword arguments of `forward` and `purify`.
 
-        A model that is given them is deterministic, and its compiled graph holds no draws. Images of the same generators get
-        the numbers that `forward(..., generator=generators)` draws for itself.
+        A model that is given them is deterministic, and its compiled graph holds no draws. Images of the same
+        generators get the numbers that `forward(..., generator=generators)` draws for itself.
 
         Args:
             batch_size: number of images, B.
@@ -64,8 +64,8 @@ class NIMPreTrainingMixin:
             image_size: side, or height and width, of the images; None is the configuration's.
 
         Returns:
-            `sigma` `(B,)` on 0..255 and `epsilon` `(B, C, H, W)` (section 2.4, Eq. 3), or `noise` `(B, M)` (Eq. 1) with M
-            squares in the tiles of an image, on the device of the generators.
+            `sigma` `(B,)` on 0..255 and `epsilon` `(B, C, H, W)` (section 2.4, Eq. 3), or `noise` `(B, M)` (Eq. 1) with
+            M squares in the tiles of an image, on the device of the generators.
         """
         first = generators[0] if isinstance(generators, Sequence) else generators
         device = self.device if first is None else first.device
@@ -96,8 +96,9 @@ class NIMPreTrainingMixin:
         """The first step of Eq. 9; arguments as in `purify`.
 
         Returns:
-            The images `(B, C, H, W)` with the noise of Eq. 3 added, or as they are where patches are hidden; and what tells
-            `reconstruct` which patches those are, `(B, N)`, one tile after the other, or None where every patch is seen.
+            The images `(B, C, H, W)` with the noise of Eq. 3 added, or as they are where patches are hidden; and what
+            tells `reconstruct` which patches those are, `(B, N)`, one tile after the other, or None where every patch
+            is seen.
         """
         hides_patches = self.config.degradation == "mask"
         if hides_patches and (sigma is not None or epsilon is not None):
@@ -118,8 +119,8 @@ class NIMPreTrainingMixin:
             num_patches = self._num_pieces(*pixel_values.shape[-2:], self.config.patch_size, interpolate_pos_encoding)
             if bool_masked_pos.shape[0] != batch_size or bool_masked_pos[0].numel() != num_patches:
                 raise ValueError(
-                    f"bool_masked_pos has shape {tuple(bool_masked_pos.shape)}: pass ({batch_size}, {num_patches}), one value "
-                    "for each patch"
+                    f"bool_masked_pos has shape {tuple(bool_masked_pos.shape)}: pass ({batch_size}, {num_patches}), "
+                    "one value for each patch"
                 )
             mask = bool_masked_pos.reshape(-1, (height // self.config.patch_size) * (width // self.config.patch_size))
             return pixel_values, self._hidden_from_mask(mask.to(pixel_values.device)).view(batch_size, -1)
@@ -129,7 +130,8 @@ class NIMPreTrainingMixin:
             noise = sample_mask_noise(shape, generator, pixel_values.device)
         if noise.shape != shape:
             raise ValueError(
-                f"noise has shape {tuple(noise.shape)}: pass {shape}, one number for each square of {side}x{side} pixels"
+                f"noise has shape {tuple(noise.shape)}: pass {shape}, one number for each square of "
+                f"{side}x{side} pixels"
             )
         noise = noise.to(pixel_values.device).reshape(-1, (height // side) * (width // side))
         return pixel_values, self._hidden_from_noise(noise, height, width).view(batch_size, -1)
@@ -154,16 +156,17 @@ class NIMPreTrainingMixin:
             sigma: scale of the noise on 0..255: a number, one per image `(B,)`, a specification such as
                 `"uniform(0, 30)"`, or None for the configuration's.
             epsilon: `(B, C, H, W)`, the standard normal noise of Eq. 3; drawn when None.
-            generator: where draws come from: None is the global RNG; one generator is shared by the images, drawn image by
-                image (independent of the batch size); a list gives each image its own.
+            generator: where draws come from: None is the global RNG; one generator is shared by the images, drawn image
+                by image (independent of the batch size); a list gives each image its own.
             noise: `(B, M)`, for masks: its order decides which of the M squares of an image are hidden, as in ViTMAE;
                 those with the largest numbers are.
             bool_masked_pos: `(B, N)` or `(B, H / patch, W / patch)`, the mask itself, in place of `noise`.
-            interpolate_pos_encoding: NIM-SimMIM takes images of another size, its relative positions being interpolated.
+            interpolate_pos_encoding: NIM-SimMIM takes images of another size, its relative positions being
+                interpolated.
 
         Raises:
-            ValueError: the image size is not the configured one, sigma is negative, a mask or a draw does not fit, or an
-                argument belongs to the other degradation.
+            ValueError: the image size is not the configured one, sigma is negative, a mask or a draw does not fit, or
+                an argument belongs to the other degradation.
         """
         self._check_image_size(pixel_values, interpolate_pos_encoding)
         degraded, hidden = self.degrade(
@@ -185,9 +188,9 @@ class NIMPreTrainingMixin:
         r"""
         The defence's first two steps in Eq. 9: degrade and reconstruct; gradients pass through both, on purpose.
 
-        Takes the arguments of `forward`, and images of any size from the configured one up, square or not; larger ones are
-        reconstructed in tiles, at most `tile_batch_size` of them in memory. `noise` and `bool_masked_pos` then hold those of
-        one tile after the other. With masks the visible patches are pasted back into the reconstruction.
+        Takes the arguments of `forward`, and images of any size from the configured one up, square or not; larger ones
+        are reconstructed in tiles, at most `tile_batch_size` of them in memory. `noise` and `bool_masked_pos` then hold
+        those of one tile after the other. With masks the visible patches are pasted back into the reconstruction.
 
         Returns:
             `(B, C, H, W)`, normalised, clamped to the range of [0, 1] images.
@@ -208,7 +211,8 @@ class NIMPreTrainingMixin:
 
         Args:
             degraded, hidden: the two results of `degrade`.
-            pixel_values: `(B, C, H, W)`, the images before that, for visible patches and for `patch_statistics="input"`.
+            pixel_values: `(B, C, H, W)`, the images before that, for visible patches and for
+                `patch_statistics="input"`.
 
         Returns:
             `(B, C, H, W)`, normalised, clamped to the range of [0, 1] images.
@@ -291,8 +295,8 @@ class NIMPreTrainingMixin:
     def hide(
         self, images: torch.Tensor, hidden: torch.Tensor | None, interpolate_pos_encoding: bool = False
     ) -> torch.Tensor:
-        """The degraded images as the encoder sees them: zeros in the patches that `hidden`, of `degrade`, hides. Where tiles
-        overlap, a pixel keeps the share of the tiles that see it."""
+        """The degraded images as the encoder sees them: zeros in the patches that `hidden`, of `degrade`, hides. Where
+        tiles overlap, a pixel keeps the share of the tiles that see it."""
         if hidden is None:
             return images
         grid = self._tiles(*images.shape[-2:], interpolate_pos_encoding)

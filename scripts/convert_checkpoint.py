@@ -3,11 +3,12 @@
     python scripts/convert_checkpoint.py --source nim-mae --checkpoint checkpoint.pt --output_dir models/nim-mae-base
     python scripts/convert_checkpoint.py --source mae --checkpoint mae_visualize_vit_large_ganloss.pth \
         --no_norm_pix_loss --output_dir models/mae-large-gan
-    python scripts/convert_checkpoint.py --source simmim --checkpoint simmim_pretrain.pth --output_dir models/simmim-base
+    python scripts/convert_checkpoint.py --source simmim --checkpoint simmim_pretrain.pth --output_dir models/simmim
 
-`--source` names the code that wrote the file: `nim-mae` (the authors' NIM), `mae`, or `simmim`. Whether it is a pre-trained
-model or a fine-tuned classifier is told by its tensors, and so are all sizes but the number of attention heads. Nothing in
-the file is executed. A tensor that is missing, unexpected or of another shape is an error, and then nothing is written.
+`--source` names the code that wrote the file: `nim-mae` (the authors' NIM), `mae`, or `simmim`. Whether it is a
+pre-trained model or a fine-tuned classifier is told by its tensors, and so are all sizes but the number of attention
+heads. Nothing in the file is executed. A tensor that is missing, unexpected or of another shape is an error, and then
+nothing is written.
 """
 
 import argparse
@@ -166,7 +167,7 @@ def _square_side(number: int, key: str) -> int:
 
 
 def _heads(given: int | None, width: int, option: str, known: dict[int, int], head_width: int) -> int:
-    """The number of attention heads, which no tensor of MAE tells: given, that of a known size, or by MAE's head width."""
+    """The number of attention heads, which no tensor tells: given, a known size's, or by MAE's head width."""
     heads = (
         given
         if given is not None
@@ -296,7 +297,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--no_norm_pix_loss",
         action="store_true",
-        help="the model predicts pixels as they are (published MAE visualisation models), not patches normalised one by one",
+        help="the model predicts pixels as they are (MAE's models for visualization), not normalized patches",
     )
     return parser.parse_args(argv)
 
@@ -324,9 +325,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = convert(tensors, layout, (classification if is_classifier else pretraining)(config))
     save_directory(model, args.output_dir)
     print(
-        f"{args.output_dir}: {type(model).__name__}, {model.num_parameters():,} parameters, images {config.image_size}, "
-        f"patches {config.patch_size}, {config.num_hidden_layers} layers of width {config.hidden_size} with "
-        f"{config.num_attention_heads} heads"
+        f"{args.output_dir}: {type(model).__name__}, {model.num_parameters():,} parameters, images "
+        f"{config.image_size}, patches {config.patch_size}, {config.num_hidden_layers} layers of width "
+        f"{config.hidden_size} with {config.num_attention_heads} heads"
     )
 
 

@@ -1,4 +1,4 @@
-"""Answers `--help` before a script imports PyTorch and transformers, which takes seconds: the help is read from its source."""
+"""Answers `--help` before a script imports PyTorch and transformers for seconds: the help is read from its source."""
 
 import argparse
 import ast

@@ -4,8 +4,8 @@
     python scripts/export.py model_cards/nim-cifar10 outputs/export/nim-cifar10.pt2 --format torch_export --noise input
 
 `--noise inside` draws the noise inside the graph, anew in each call: what is served. `--noise input` makes epsilon the
-second input, (batch, 3, H, W), or (batch, votes, 3, H, W) with several votes: what is attacked and tested. The batch size
-is free in both. How to serve the file: docs/serving.md.
+second input, (batch, 3, H, W), or (batch, votes, 3, H, W) with several votes: what is attacked and tested. The batch
+size is free in both. How to serve the file: docs/serving.md.
 """
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
     python scripts/launch.py --cpu --num_processes 2 scripts/run_pretrain.py RECIPE
 
 Options and configuration files are those of `accelerate launch`. That one dies of SIGTERM itself, and the run behind it
-stops unseen; torchrun kills what has not saved after 30 seconds. Here SIGTERM (exit code 0) and SIGINT (130) are passed on
-and the launcher waits. A run that fails gives its own exit code.
+stops unseen; torchrun kills what has not saved after 30 seconds. Here SIGTERM (exit code 0) and SIGINT (130) are passed
+on and the launcher waits. A run that fails gives its own exit code.
 """
 
 import argparse

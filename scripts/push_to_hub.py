@@ -1,13 +1,13 @@
 """Publish a model directory on the Hub: weights, configuration, image processor, code, card.
 
-    python scripts/push_to_hub.py outputs/demo/finetune_denoised/purified org/nim-digits --summary outputs/demo/summary.json
+    python scripts/push_to_hub.py outputs/demo/finetune_denoised/purified org/nim --summary outputs/demo/summary.json
     python scripts/push_to_hub.py model_cards/nim-cifar10 org/nim-cifar10 --update
 
-The weights go up as safetensors, holding the model's parameters and nothing else. The configuration names the code files
-that go with them, so that `trust_remote_code=True` loads the model where this package is not installed. The card is the
-directory's README.md, or else one written from its configuration and, with --summary, from the results of
-`run_attack.py`, which go up as `.eval_results/accuracy.yaml` too. Everything arrives in one commit: an upload that is cut
-off leaves no part of it behind.
+The weights go up as safetensors, holding the model's parameters and nothing else. The configuration names the code
+files that go with them, so that `trust_remote_code=True` loads the model where this package is not installed. The card
+is the directory's README.md, or else one written from its configuration and, with --summary, from the results of
+`run_attack.py`, which go up as `.eval_results/accuracy.yaml` too. Everything arrives in one commit: an upload that is
+cut off leaves no part of it behind.
 
 Log in once with `hf auth login`, or set HF_TOKEN to a token with write access.
 """

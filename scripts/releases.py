@@ -3,8 +3,9 @@
     python scripts/releases.py             # every model_cards/*/config.json
     python scripts/releases.py --check     # writes nothing; exit code 1 if a file differs
 
-With its code files a directory loads with `trust_remote_code=True` where this package is not installed, as it would from
-the Hub. `.eval_results/accuracy.yaml` holds the rows of the card's table that are this model's, in the Hub's format.
+With its code files a directory loads with `trust_remote_code=True` where this package is not installed, as it would
+from the Hub. `.eval_results/accuracy.yaml` holds the rows of the card's table that are this model's, in the Hub's
+format.
 """
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
     python scripts/launch.py scripts/run_certify.py scripts/recipes/digits/certify.yaml
     python scripts/reports/figures.py outputs/certify
 
-Randomized smoothing (Cohen et al. 2019) with the defence's own noise. It needs a purifier whose answer depends on the noisy
-image alone: `patch_statistics: input`, as in the paper's code, is refused. A run that was stopped continues where it was.
+Randomized smoothing (Cohen et al. 2019) with the defence's own noise. It needs a purifier whose answer depends on the
+noisy image alone: `patch_statistics: input`, as in the paper's code, is refused. A run that was stopped continues where
+it was.
 
-`output_dir` receives `run.json`, `certificates.jsonl` (one line per model, sigma and image) and `certified.json` (the table).
+`output_dir` receives `run.json`, `certificates.jsonl` (a line per model, sigma and image) and `certified.json`.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds

@@ -1,10 +1,10 @@
 """Fine-tune a pre-trained encoder as a classifier, on images as they are or as the defence hands them on (Eq. 10).
 
-    python scripts/launch.py scripts/run_finetune.py scripts/recipes/digits/finetune_denoised.yaml [section.key=value ...]
+    python scripts/launch.py scripts/run_finetune.py scripts/recipes/digits/finetune_denoised.yaml [key=value ...]
 
 With `images: denoised` each image gets noise of its own sigma, is denoised by the purifier and clamped before the
-classifier sees it. With an `adversary` the images are attacked first, through all of that, and the purifier may learn too.
-As run_pretrain.py it runs on one machine or many and goes on where it was broken off. In `output_dir`:
+classifier sees it. With an `adversary` the images are attacked first, through all of that, and the purifier may learn
+too. As run_pretrain.py it runs on one machine or many and goes on where it was broken off. In `output_dir`:
 
     config.json, model.safetensors, preprocessor_config.json   the classifier, at the end, unless it is frozen
     purified/                                                  purifier and classifier composed (Eq. 9), if one is named
@@ -77,7 +77,7 @@ from modeling_nim.training.stochastic_depth import DropPaths
 
 @dataclass
 class ValidationRecipe:
-    """Which split to measure accuracy on every `every_epochs`; the images are prepared as in training, at `defense_sigma`."""
+    """The split whose accuracy is measured every `every_epochs`, with images as in training, at `defense_sigma`."""
 
     # which images; validation is the part that data.validation_fraction holds out
     split: Literal["none", "validation", "test"] = "none"
@@ -125,21 +125,23 @@ class FinetuneRecipe:
             self.purifier = self.init
         if self.images == "original" and self.adversary.trains != "classifier":
             raise ValueError(
-                f"adversary.trains {self.adversary.trains} needs the purifier in the way of the images: set images=denoised"
+                f"adversary.trains {self.adversary.trains} needs the purifier in the way of the images: "
+                "set images=denoised"
             )
         if self.images == "original" and self.consistency.num_draws > 1:
             raise ValueError(
-                f"consistency.num_draws {self.consistency.num_draws} are draws of the purifier's noise: set images=denoised"
+                f"consistency.num_draws {self.consistency.num_draws} are draws of the purifier's noise: "
+                "set images=denoised"
             )
         if self.image_size is not None and (self.images == "original" or self.adversary.trains != "purifier"):
             raise ValueError(
-                f"image_size {self.image_size} is for a purifier that learns on images larger than its own, before a frozen "
-                f"classifier: set images=denoised adversary.trains=purifier, or leave it out"
+                f"image_size {self.image_size} is for a purifier that learns on images larger than its own, before a "
+                "frozen classifier: set images=denoised adversary.trains=purifier, or leave it out"
             )
         if self.feature_loss.weight and self.adversary.trains != "purifier":
             raise ValueError(
                 f"feature_loss.weight {self.feature_loss.weight} is for a purifier before a frozen classifier: set "
-                f"adversary.trains=purifier"
+                "adversary.trains=purifier"
             )
         if self.feature_loss.weight and self.execution.compile:
             raise ValueError(
@@ -314,8 +316,8 @@ def save_models(
 
 @torch.inference_mode()
 def validate(finetuning: Finetuning, model: torch.nn.Module, loader: DataLoader) -> tuple[float, list[str]]:
-    """Accuracy of `model` in percent, with the same noise for an image every time, and the messages of the bad images of
-    this process.
+    """Accuracy of `model` in percent, with the same noise for an image every time, and the messages of the bad images
+    of this process.
 
     What is trained goes back to training mode. Raises `BadImageError` where bad images are not to be skipped.
     """

@@ -1,10 +1,11 @@
 """Pre-train a model to undo a degradation: noise (NIM, Eq. 3-4 of the paper) or masks (MAE and SimMIM, Eq. 1-2).
 
-    python scripts/launch.py scripts/run_pretrain.py scripts/recipes/digits/pretrain_nim_mae.yaml [section.key=value ...]
+    python scripts/launch.py scripts/run_pretrain.py scripts/recipes/digits/pretrain_nim_mae.yaml [key=value ...]
 
-The same line on one GPU, on many (`--config_file scripts/launch/gpu_8_ddp.yaml`) or on CPU. Given again after the run was
-broken off, it goes on from the newest checkpoint and arrives at the same numbers. SIGTERM saves and exits 0, SIGINT (Ctrl-C)
-130: after the current step, with several processes at the next multiple of `logging.every_steps`. In `output_dir`:
+The same line on one GPU, on many (`--config_file scripts/launch/gpu_8_ddp.yaml`) or on CPU. Given again after the run
+was broken off, it goes on from the newest checkpoint and arrives at the same numbers. SIGTERM saves and exits 0, SIGINT
+(Ctrl-C) 130: after the current step, with several processes at the next multiple of `logging.every_steps`. In
+`output_dir`:
 
     config.json, model.safetensors, preprocessor_config.json   the model, at the end
     checkpoints/step-00001000/                                 what the run resumes from

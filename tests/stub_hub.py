@@ -3,10 +3,10 @@
     python tests/stub_hub.py --port 8000 --token hf_stub --namespace org
     HF_ENDPOINT=http://127.0.0.1:8000 HF_HUB_DISABLE_XET=1 HF_TOKEN=hf_stub python scripts/push_to_hub.py DIR org/name
 
-It speaks the part of the HTTP protocol that pushing and loading use: whoami, create, pre-upload, commit (newline-delimited
-JSON with base64 files), resolve, model info, paths info, tree and the check of a card's metadata. Repositories live in
-memory. Every upload is answered with `uploadMode: "regular"`, so weights travel inside the commit and no second storage
-protocol is needed.
+It speaks the part of the HTTP protocol that pushing and loading use: whoami, create, pre-upload, commit
+(newline-delimited JSON with base64 files), resolve, model info, paths info, tree and the check of a card's metadata.
+Repositories live in memory. Every upload is answered with `uploadMode: "regular"`, so weights travel inside the commit
+and no second storage protocol is needed.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Run the training scripts in processes of their own, without the seconds of imports that a launched one costs.
 
 They are forked from a server that has only imported things. Forked from the test runner they would inherit what earlier
-tests left there: an `Accelerator` that one of them made keeps its state in the class, and with it two ranks would each take
-themselves for the only process and write the same files.
+tests left there: an `Accelerator` that one of them made keeps its state in the class, and with it two ranks would each
+take themselves for the only process and write the same files.
 """
 
 import importlib.util
@@ -152,8 +152,8 @@ def run(
 ) -> str:
     """Run a script on a recipe to its end; returns what it printed.
 
-    `interruption` is a moment ("step" or "save"), which one, counted from 1, and the signal that the run gets then. No file
-    grows beyond `largest_file_bytes`: to the run, the disk is full.
+    `interruption` is a moment ("step" or "save"), which one, counted from 1, and the signal that the run gets then. No
+    file grows beyond `largest_file_bytes`: to the run, the disk is full.
     """
     path, log = output_dir.with_suffix(".yaml"), output_dir.with_suffix(".txt")
     path.write_text(yaml.safe_dump(recipe | {"output_dir": str(output_dir)}))

@@ -33,8 +33,8 @@ Returns:
     majority_vote: share of images whose most frequent prediction is right (a tie counts as wrong).
     worst_of_draws: share of images that are right in every draw.
 
-Intervals are Wilson score intervals with n = number of IMAGES: draws of one image are not further images. For the mean over
-draws this is conservative, since averaging can only lower the variance between images.
+Intervals are Wilson score intervals with n = number of IMAGES: draws of one image are not further images. For the mean
+over draws this is conservative, since averaging can only lower the variance between images.
 
 Examples:
     >>> metric = evaluate.load("metrics/robust_accuracy")

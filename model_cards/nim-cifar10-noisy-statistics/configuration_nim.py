@@ -83,8 +83,9 @@ class NIMConfig(ViTMAEConfig):
             possibly attacked image, so a perturbation of patch means by-passes the noise. `"noisy"` makes the
             reconstruction a function of the noisy image alone, which certification needs.
         patch_embedding (`"linear"` or `"convolutional"`, *optional*, defaults to `"linear"`):
-            `"linear"` is ViT's projection of patches that do not overlap. `"convolutional"` is a stem of 3x3 convolutions of
-            stride 2 (Xiao et al. 2021), which learns faster from few images; its windows overlap, so it cannot hide patches.
+            `"linear"` is ViT's projection of patches that do not overlap. `"convolutional"` is a stem of 3x3
+            convolutions of stride 2 (Xiao et al. 2021), which learns faster from few images; its windows overlap, so it
+            cannot hide patches.
         reconstruction_loss (`"mse"` or `"l1"`, *optional*, defaults to `"mse"`):
             Mean squared or mean absolute error of the reconstruction.
         tile_stride, tile_border (`int`, *optional*):
@@ -119,8 +120,8 @@ class NIMConfig(ViTMAEConfig):
         check_sizes(self)
         if self.degradation == "mask" and self.norm_pix_loss and self.patch_statistics == "noisy":
             raise ValueError(
-                'patch_statistics="noisy" has no meaning with degradation="mask" and norm_pix_loss=True: a hidden patch '
-                'has no statistics of its own. Use patch_statistics="input" or norm_pix_loss=False'
+                'patch_statistics="noisy" has no meaning with degradation="mask" and norm_pix_loss=True: a hidden '
+                'patch has no statistics of its own. Use patch_statistics="input" or norm_pix_loss=False'
             )
         if self.degradation == "mask" and not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio must be between 0 and 1, got {self.mask_ratio}")
@@ -152,7 +153,8 @@ class NIMClassifierConfig(PreTrainedConfig):
 
     Args:
         drop_path_rate (`float`, *optional*, defaults to 0.0):
-            Stochastic depth of the last layer, rising linearly from 0 at the first (0.1 for ViT-B in the paper's recipe).
+            Stochastic depth of the last layer, rising linearly from 0 at the first (0.1 for ViT-B in the paper's
+            recipe).
         image_mean, image_std (`list[float]`, *optional*, defaults to ImageNet's):
             Normalisation of `pixel_values`.
     """
@@ -186,7 +188,7 @@ class NIMClassifierConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Also takes the configuration of a pre-trained model, to start fine-tuning: its decoder's fields are dropped."""
+        """Also takes the configuration of a pre-trained model, for fine-tuning: its decoder's fields are dropped."""
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
         return as_classifier_dict(cls, config_dict, from_types=("nim", ViTMAEConfig.model_type)), kwargs
 
@@ -201,7 +203,7 @@ def as_classifier_dict(
     return {key: value for key, value in config_dict.items() if key not in dropped} | {"model_type": cls.model_type}
 
 
-# Fields in which SimMIM's ViT differs from BEiT's defaults and that its weights depend on: they are not a user's choice.
+# Fields in which SimMIM's ViT differs from BEiT's defaults; its weights depend on them, so a user cannot choose them.
 _SIMMIM_PRETRAINING = {
     "use_absolute_position_embeddings": False,
     "use_shared_relative_position_bias": True,
@@ -278,8 +280,8 @@ class NIMSimMIMConfig(BeitConfig):
         if self.degradation == "mask":
             if self.image_size % self.mask_patch_size or self.mask_patch_size % self.patch_size:
                 raise ValueError(
-                    f"mask_patch_size {self.mask_patch_size} must divide image_size {self.image_size} and be a multiple "
-                    f"of patch_size {self.patch_size}"
+                    f"mask_patch_size {self.mask_patch_size} must divide image_size {self.image_size} and be a "
+                    f"multiple of patch_size {self.patch_size}"
                 )
             if not 0 < self.mask_ratio < 1:
                 raise ValueError(f"mask_ratio must be between 0 and 1, got {self.mask_ratio}")
@@ -338,11 +340,11 @@ class NIMPurifiedConfig(PreTrainedConfig):
         num_votes (`int`, *optional*, defaults to 1):
             Noise draws whose class probabilities are averaged.
         image_size (`int`, *optional*):
-            Side of the square images that the defense takes and purifies; None is the purifier's. The purifier covers larger
-            images in tiles.
+            Side of the square images that the defense takes and purifies; None is the purifier's. The purifier covers
+            larger images in tiles.
         image_geometry (`dict`, *optional*):
-            How the classifier's own image processor resizes and crops to `image_size`, in a ViT image processor's words;
-            None is `image_processor_for`'s way.
+            How the classifier's own image processor resizes and crops to `image_size`, in a ViT image processor's
+            words; None is `image_processor_for`'s way.
         classifier_image_size (`int`, *optional*):
             Side of the square images that the classifier takes; None takes the purified images as they are.
         classifier_image_mean, classifier_image_std (`list[float]`, *optional*):
@@ -372,8 +374,8 @@ class NIMPurifiedConfig(PreTrainedConfig):
         self.image_size = smallest if self.image_size is None else self.image_size
         if self.image_size < smallest:
             raise ValueError(
-                f"image_size {self.image_size} is below the purifier's {smallest}: the purifier covers larger images in tiles "
-                "but cannot shrink; give it at least its own size"
+                f"image_size {self.image_size} is below the purifier's {smallest}: the purifier covers larger images "
+                "in tiles but cannot shrink; give it at least its own size"
             )
         num_labels = kwargs.pop("num_labels", None)
         if num_labels is not None:  # in `from_pretrained`: weights of another number are refused as any classifier's

@@ -19,7 +19,7 @@ MIN_SIDE_PIXELS = 8
 
 
 def check_image_size(height: int, width: int) -> None:
-    """Raises ValueError for an image with too few pixels to mean anything, or so many that it is an attack on memory."""
+    """Raises ValueError for an image with too few pixels to mean anything, or with so many that memory runs out."""
     if min(height, width) < MIN_SIDE_PIXELS:
         raise ValueError(f"it has {width}x{height} pixels, fewer than {MIN_SIDE_PIXELS} on a side")
     if height * width > 2 * (Image.MAX_IMAGE_PIXELS or np.inf):  # the limit at which Pillow itself gives up
@@ -29,11 +29,12 @@ def check_image_size(height: int, width: int) -> None:
 def rgb_image(image: Image.Image) -> Image.Image:
     """The upright RGB image with 8 bits a channel: for training, evaluation and the pipeline alike.
 
-    EXIF rotations are applied. 16-bit grey levels are scaled from 0..65535, float levels from 0..1; Pillow alone would clip
-    both at 255, so that almost everything became white or black. Alpha is dropped, an animation gives its first picture.
+    EXIF rotations are applied. 16-bit grey levels are scaled from 0..65535, float levels from 0..1; Pillow alone would
+    clip both at 255, so that almost everything became white or black. Alpha is dropped, an animation gives its first
+    picture.
 
-    Raises ValueError when the levels have no meaning (NaN, floats outside 0..1, 32-bit integers) or the size is senseless,
-    and whatever Pillow raises for a damaged file.
+    Raises ValueError when the levels have no meaning (NaN, floats outside 0..1, 32-bit integers) or the size is
+    senseless, and whatever Pillow raises for a damaged file.
     """
     check_image_size(image.height, image.width)
     is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
@@ -57,9 +58,9 @@ def image_processor_for(config: PreTrainedConfig) -> ViTImageProcessorPil:
     """The processor that turns PIL images into the `pixel_values` of a model with this configuration.
 
     From 64 pixels on it is ImageNet's evaluation transform: shortest edge to size * 256 / 224 (bicubic), centre crop.
-    Smaller models see the whole image, resized to a square. A purifier with a `tile_stride` of its own takes photographs
-    in tiles, and they keep their size. A defense resizes and crops as its classifier's own processor does, where that is
-    known (`image_geometry`). Mean and standard deviation are the configuration's.
+    Smaller models see the whole image, resized to a square. A purifier with a `tile_stride` of its own takes
+    photographs in tiles, and they keep their size. A defense resizes and crops as its classifier's own processor does,
+    where that is known (`image_geometry`). Mean and standard deviation are the configuration's.
     """
     size = config.image_size
     in_tiles = getattr(config, "tile_stride", None) is not None
@@ -83,8 +84,8 @@ def image_processor_for(config: PreTrainedConfig) -> ViTImageProcessorPil:
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """What a classifier expects of its images: side in pixels, mean and standard deviation of [0, 1] images, and how its
-    processor resizes and crops to that side; None for each that it does not tell."""
+    """What a classifier expects of its images: side in pixels, mean and standard deviation of [0, 1] images, and how
+    its processor resizes and crops to that side; None for each that it does not tell."""
 
     size: int | None = None
     mean: list[float] | None = None
@@ -95,8 +96,8 @@ class ImageSettings:
 def image_settings_of(config: PreTrainedConfig) -> ImageSettings:
     """What a classifier's configuration, and the image processor saved with it, tell of its images.
 
-    The configuration comes first. A processor is asked what it does to a black and to a white picture, so that every factor
-    and offset counts, whatever its fields are called.
+    The configuration comes first. A processor is asked what it does to a black and to a white picture, so that every
+    factor and offset counts, whatever its fields are called.
     """
     size = getattr(config, "image_size", None)
     if isinstance(size, (list, tuple)):
@@ -122,7 +123,7 @@ def image_settings_of(config: PreTrainedConfig) -> ImageSettings:
 
 
 def _geometry(processor: Any, side: int) -> dict[str, Any] | None:
-    """The processor's resizing and cropping in the words of a ViT processor; None where they do not end in that square."""
+    """The processor's resizing and cropping in a ViT processor's words; None where they do not end in that square."""
     if not getattr(processor, "do_resize", False):
         return None
     size, square = processor.size, {"height": side, "width": side}

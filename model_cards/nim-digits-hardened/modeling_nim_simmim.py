@@ -51,8 +51,8 @@ def resize_relative_positions(table: torch.Tensor, window_size: tuple[int, int])
 def relative_position_index(window_size: tuple[int, int]) -> torch.Tensor:
     """Row of the table for each pair of tokens, `(1 + N, 1 + N)`, CLS first.
 
-    Patch i sees patch j at (row_i - row_j, column_i - column_j), counted from the most negative distance; the table's last
-    three rows are CLS to patch, patch to CLS and CLS to CLS.
+    Patch i sees patch j at (row_i - row_j, column_i - column_j), counted from the most negative distance; the table's
+    last three rows are CLS to patch, patch to CLS and CLS to CLS.
     """
     height, width = window_size
     with torch.device("cpu"):  # also while a model is built on the meta device
@@ -101,8 +101,8 @@ class NIMSimMIMLayer(BeitLayer):
         resolution: tuple[int, int] | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        # Reentrant checkpoints see positional tensors alone, and the shared table of positions comes in the mask: by name
-        # its gradient would be taken once per layer through a graph that the first layer has freed.
+        # Reentrant checkpoints see positional tensors alone, and the shared table of positions comes in the mask: by
+        # name its gradient would be taken once per layer through a graph that the first layer has freed.
         return super().__call__(hidden_states, attention_mask, interpolate_pos_encoding, resolution, **kwargs)
 
 
@@ -196,7 +196,7 @@ class NIMSimMIMForPreTraining(NIMPreTrainingMixin, NIMSimMIMPreTrainedModel):
         super().__init__(config)
         self.beit = NIMSimMIMModel(config)
         self.decoder = NIMSimMIMDecoder(config)
-        # Without masks the token is outside the graph; a parameter that never gets a gradient stops distributed training.
+        # Without masks the token is outside the graph; a parameter without a gradient stops distributed training.
         self.beit.embeddings.mask_token.requires_grad_(config.degradation == "mask")
         self.post_init()
 

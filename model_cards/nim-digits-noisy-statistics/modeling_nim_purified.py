@@ -46,7 +46,8 @@ class NIMPurifiedOutput(ImageClassifierOutput):
         loss: scalar cross-entropy, where labels are given.
         logits: `(B, num_labels)`; with several votes, the log of their mean probabilities.
         hidden_states, attentions: the classifier's, of each image's first vote, where they are asked for.
-        degraded_pixel_values: `(B, C, H, W)`, the images with the noise of the first vote (or with its hidden patches zero).
+        degraded_pixel_values: `(B, C, H, W)`, the images with the noise of the first vote (or with its hidden patches
+            zero).
         purified_pixel_values: `(B, C, H, W)`, the purified images of the first vote, in the purifier's normalisation.
     """
 
@@ -58,9 +59,9 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, LoadedAsBuiltMixin, Pr
     r"""
     An image classifier behind a purifier: `y = c(g(f(x + sigma * epsilon)))` (Eq. 9), differentiable from end to end.
 
-    Images come in normalized for the purifier, of the size that the classifier takes or the purifier's, whichever is larger;
-    between the parts they are resized and normalized for the classifier. The noise is drawn anew in each call, in evaluation
-    mode too.
+    Images come in normalized for the purifier, of the size that the classifier takes or the purifier's, whichever is
+    larger; between the parts they are resized and normalized for the classifier. The noise is drawn anew in each call,
+    in evaluation mode too.
 
     Example:
 
@@ -130,22 +131,26 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, LoadedAsBuiltMixin, Pr
             classifier: any image classifier of transformers.
             sigma: scale of the defence's noise on 0..255.
             num_votes: noise draws whose class probabilities are averaged.
-            image_size: side of the images that are purified. None is the classifier's where the purifier is smaller and has to
-                work in tiles, else the purifier's; the purifier's own makes it purify first and enlarge afterwards.
-            classifier_image_size, classifier_image_mean, classifier_image_std: what the classifier expects. Each is looked
-                for, when None, in the classifier's configuration and then in the image processor saved beside its weights.
+            image_size: side of the images that are purified. None is the classifier's where the purifier is smaller and
+                has to work in tiles, else the purifier's; the purifier's own makes it purify first and enlarge
+                afterwards.
+            classifier_image_size, classifier_image_mean, classifier_image_std: what the classifier expects. Each is
+                looked for, when None, in the classifier's configuration and then in the image processor saved beside
+                its weights.
 
         Raises:
             ValueError: the purifier cannot reconstruct images, or the parts differ in their number of channels.
         """
         if not hasattr(purifier, "purify"):
             raise ValueError(
-                f"{type(purifier).__name__} cannot purify: pass a pre-trained model with its decoder, such as NIMForPreTraining"
+                f"{type(purifier).__name__} cannot purify: pass a pre-trained model with its decoder, such as "
+                "NIMForPreTraining"
             )
         channels = [getattr(part.config, "num_channels", 3) for part in (purifier, classifier)]
         if channels[0] != channels[1]:
             raise ValueError(
-                f"the purifier gives {channels[0]} channels and the classifier takes {channels[1]}: use parts that agree"
+                f"the purifier gives {channels[0]} channels and the classifier takes {channels[1]}: use parts "
+                "that agree"
             )
         found = image_settings_of(classifier.config)
         size = classifier_image_size or found.size
@@ -153,25 +158,26 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, LoadedAsBuiltMixin, Pr
         own_size = purifier.config.image_size
         if size is None and image_size is None:
             warnings.warn(
-                f"{type(classifier).__name__} does not say which image size it was trained for; it gets the purifier's, "
-                f"{own_size}x{own_size}. Pass classifier_image_size if it was trained with another.",
+                f"{type(classifier).__name__} does not say which image size it was trained for; it gets the "
+                f"purifier's, {own_size}x{own_size}. Pass classifier_image_size if it was trained with another.",
                 stacklevel=2,
             )
         if image_size is None and size is not None and size > own_size:
             image_size = size
             warnings.warn(
-                f"the purifier is made for {own_size}x{own_size} images and the classifier for {size}x{size}: images are "
-                f"purified at {size}x{size}, in overlapping tiles. Pass image_size={own_size} to purify at the purifier's "
-                "size and enlarge what comes out.",
+                f"the purifier is made for {own_size}x{own_size} images and the classifier for {size}x{size}: images "
+                f"are purified at {size}x{size}, in overlapping tiles. Pass image_size={own_size} to purify at the "
+                "purifier's size and enlarge what comes out.",
                 stacklevel=2,
             )
         if mean is None or std is None:
             warnings.warn(
-                f"{type(classifier).__name__} does not say how its images are normalised; the purifier's normalisation is "
-                "used. Pass classifier_image_mean and classifier_image_std if the classifier was trained with another.",
+                f"{type(classifier).__name__} does not say how its images are normalised; the purifier's normalisation "
+                "is used. Pass classifier_image_mean and classifier_image_std if the classifier was trained with "
+                "another.",
                 stacklevel=2,
             )
-        # Some configurations belong to several classifiers (DeiT's), and this tells which; save_pretrained writes it too.
+        # Some configurations belong to several classifiers (DeiT's): this tells which, as save_pretrained does.
         classifier.config.architectures = [type(classifier).__name__]
         config = NIMPurifiedConfig(
             purifier_config=purifier.config,
@@ -205,7 +211,7 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, LoadedAsBuiltMixin, Pr
         num_votes: int | None = None,
         image_size: int | tuple[int, int] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """The purifier's `draw` at the defence's sigma, as keyword arguments of `forward`; with K votes `(B, K, ...)` each.
+        """The purifier's `draw` at the defense's sigma, as arguments of `forward`; with K votes `(B, K, ...)` each.
 
         An image's votes are drawn one after the other, so that they are those of `forward(..., generator=generators)`.
         """
@@ -227,7 +233,7 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, LoadedAsBuiltMixin, Pr
         The purifier's `purify` at the defence's sigma.
 
         Returns:
-            `(B, 3, H, W)`, of the images' size and in the purifier's normalization, clamped to the range of [0, 1] images.
+            `(B, 3, H, W)`, of the images' size, in the purifier's normalization, clamped to the range of [0, 1] images.
         """
         return self.purifier.purify(
             pixel_values, sigma=self._sigma(sigma), epsilon=epsilon, generator=generator, noise=noise
@@ -280,11 +286,11 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, LoadedAsBuiltMixin, Pr
         Args:
             pixel_values: `(B, 3, H, W)`, `config.image_size` pixels on each side, in the purifier's normalization.
             labels: adds `loss`, see `classification_loss`; the classifier's `problem_type` counts.
-            sigma: scale of the noise on 0..255, a specification, one per image `(B,)` or one per vote `(B, K)`; None is the
-                configuration's.
+            sigma: scale of the noise on 0..255, a specification, one per image `(B,)` or one per vote `(B, K)`; None is
+                the configuration's.
             epsilon: `(B, 3, H, W)`, or `(B, K, 3, H, W)` for K votes; drawn when None.
-            generator: None is the global RNG; one generator is drawn image by image and within an image vote by vote, so
-                that the answer does not depend on the batch size; a list gives each image its own.
+            generator: None is the global RNG; one generator is drawn image by image and within an image vote by vote,
+                so that the answer does not depend on the batch size; a list gives each image its own.
             num_votes: K noise draws per image; None is the configuration's.
             noise: `(B, M)`, or `(B, K, M)` for K votes; orders the patches of a purifier that hides some.
             kwargs: for the classifier, such as `output_hidden_states`.
@@ -329,7 +335,7 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, LoadedAsBuiltMixin, Pr
 
 
 def _mean_of_votes(logits: torch.Tensor, problem_type: str | None) -> torch.Tensor:
-    """Logits `(B, K, num_labels)` of K votes as those `(B, num_labels)` of their mean probabilities, or their mean values."""
+    """Logits `(B, K, L)` of K votes to those `(B, L)` of their mean probabilities, or to their means."""
     if problem_type == "regression":
         return logits.mean(dim=1)
     if problem_type == "multi_label_classification":

@@ -46,11 +46,11 @@ def check_tiles(config: PreTrainedConfig) -> None:
     size = config.image_size
     stride = size // 2 if config.tile_stride is None else config.tile_stride
     border = size // 4 if config.tile_border is None else config.tile_border
-    # The border at the right is up to stride - 1 pixels wider, and an image of one tile can reflect size - 1 of its own.
+    # The border at the right is up to stride - 1 pixels wider; an image of one tile can reflect size - 1 of its own.
     if stride < 1 or border < 0 or stride + border > size:
         raise ValueError(
-            f"tile_stride {config.tile_stride} must be above 0, tile_border {config.tile_border} not below 0, and their sum "
-            f"at most image_size {size}"
+            f"tile_stride {config.tile_stride} must be above 0, tile_border {config.tile_border} not below 0, and "
+            f"their sum at most image_size {size}"
         )
     if config.tile_batch_size < 1:
         raise ValueError(f"tile_batch_size must be at least 1, got {config.tile_batch_size}")

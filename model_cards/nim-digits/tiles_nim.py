@@ -9,14 +9,14 @@ from torch import nn
 
 @dataclass(frozen=True)
 class TileGrid:
-    """Square tiles over an image that a reflected border surrounds; the border gives edge pixels neighbors on all sides.
+    """Square tiles over an image with a reflected border, which gives edge pixels neighbors on all sides.
 
     Args:
         height, width: of the image, in pixels, each at least `size`.
         size: side of a tile.
         stride: distance from a tile to the next; below `size` the tiles overlap.
         border: width of the reflected border. The right and lower one are widened until the tiles end with them.
-        window: weight of a tile's pixels where tiles overlap: `"hann"` falls to the tile's edge, `"uniform"` is constant.
+        window: weight of a tile's pixels where tiles overlap: `"hann"` falls to the edge, `"uniform"` is constant.
     """
 
     height: int
@@ -29,8 +29,8 @@ class TileGrid:
     def __post_init__(self):
         if min(self.height, self.width) < self.size:
             raise ValueError(
-                f"the images are {self.height}x{self.width}, smaller than a tile of {self.size}x{self.size}: resize them to "
-                f"at least {self.size} pixels on each side"
+                f"the images are {self.height}x{self.width}, smaller than a tile of {self.size}x{self.size}: resize "
+                f"them to at least {self.size} pixels on each side"
             )
 
     @property
@@ -54,7 +54,7 @@ class TileGrid:
         return tiles.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
 
     def blend(self, tiles: torch.Tensor) -> torch.Tensor:
-        """Tiles `(B * T, C, size, size)` to images `(B, C, H, W)`: weighted means where tiles overlap, without the border."""
+        """Tiles `(B * T, C, size, size)` to images `(B, C, H, W)`: weighted means where they overlap, no border."""
         weights = self._weights(tiles)  # (S, S)
         weighted = (tiles * weights).flatten(1).unflatten(0, (-1, self.rows * self.columns))  # (B, T, C * S * S)
         share = weights.flatten().expand(1, self.rows * self.columns, -1)  # (1, T, S * S)

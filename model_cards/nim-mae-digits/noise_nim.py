@@ -1,4 +1,4 @@
-"""The degradation of noisy image modeling (Eq. 3 and section 2.4 of the paper): sigma, epsilon, and x + sigma * epsilon.
+"""The degradation of noisy image modeling (the paper's Eq. 3 and section 2.4): sigma, epsilon, x + sigma * epsilon.
 
 `sigma` is on the scale of 0..255 everywhere, as in the paper. Images are either `images_01` in [0, 1] or normalised
 `pixel_values`; `add_noise` is the one place where sigma meets the normalisation.
@@ -96,7 +96,7 @@ class SigmaSpec:
 
 
 def parse_sigma(spec: str | float | int) -> SigmaSpec:
-    """Reads a sigma specification (section 2.4): a number, or a distribution such as `"uniform(0, 30)"` or `"gamma(25, 3)"`.
+    """Reads a sigma specification (section 2.4): a number, or a distribution such as `"uniform(0, 30)"`.
 
     Raises:
         ValueError: the text is no specification, or a number in it is negative, infinite, out of order or so large that
@@ -169,8 +169,8 @@ def sample_epsilon(
 def sample_mask_noise(
     shape: tuple[int, int], generator: Generators = None, device: torch.device | str | None = None
 ) -> torch.Tensor:
-    """Uniform noise, `(B, M)`, whose order decides which of M pieces of an image are hidden (Eq. 1); image by image when a
-    generator is given (see `sample_sigma`)."""
+    """Uniform noise, `(B, M)`, whose order decides which of M pieces of an image are hidden (Eq. 1); image by image
+    when a generator is given (see `sample_sigma`)."""
     if generator is None:
         return torch.rand(shape, device=device)
     generators = generators_per_image(generator, shape[0])

@@ -55,7 +55,8 @@ def _shear(x: torch.Tensor, amount: torch.Tensor, axis: int) -> torch.Tensor:
     return geometry.shear(x, factors)
 
 
-# (B, 3, H, W) in [0, 1], strength (B,) in 0..1, sign (B,) of -1 or 1. The "increasing" variants: strength 0 changes nothing.
+# (B, 3, H, W) in [0, 1], strength (B,) in 0..1, sign (B,) of -1 or 1. Strength 0 of the "increasing" ones
+# changes nothing.
 OPERATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "auto_contrast": lambda x, strength, sign: enhance.normalize_min_max(x),
     "equalize": lambda x, strength, sign: enhance.equalize(x),
@@ -78,7 +79,7 @@ OPERATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch
 
 
 def rand_augment(images_01: torch.Tensor, recipe: AugmentationRecipe, seeds: np.ndarray) -> torch.Tensor:
-    """`rand_augment_ops` operations per image, drawn with replacement; the images that drew the same one go together."""
+    """`rand_augment_ops` operations per image, drawn with replacement; images that drew the same go together."""
     names = list(OPERATIONS)
     numbers = uniforms(seeds, 4 * recipe.rand_augment_ops).reshape(len(seeds), recipe.rand_augment_ops, 4)
     for layer in range(recipe.rand_augment_ops):
@@ -97,7 +98,7 @@ def rand_augment(images_01: torch.Tensor, recipe: AugmentationRecipe, seeds: np.
 
 
 def erase(images_01: torch.Tensor, probability: float, seeds: np.ndarray, image_mean, image_std) -> torch.Tensor:
-    """Fill a rectangle of some images with noise that is standard normal once the image is normalised (MAE's "pixel")."""
+    """Fill a rectangle of some images with noise that is standard normal in the normalized image (MAE's "pixel")."""
     numbers = uniforms(seeds, 2 * NUM_CROP_ATTEMPTS + 3)
     height, width = images_01.shape[-2:]
     chosen = np.flatnonzero(numbers[:, -1] < probability)
@@ -163,8 +164,8 @@ def augment(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """All that the recipe turns on, in MAE's order: RandAugment, erasing, then mixup or cutmix.
 
-    `images_01` (B, 3, H, W) in [0, 1] may be changed in place; `targets` (B, num_labels) are probabilities; `epochs` and
-    `indices` (B,) say which image in which epoch it is. Returns both, augmented.
+    `images_01` (B, 3, H, W) in [0, 1] may be changed in place; `targets` (B, num_labels) are probabilities; `epochs`
+    and `indices` (B,) say which image in which epoch it is. Returns both, augmented.
     """
     if recipe.rand_augment_ops:
         images_01 = rand_augment(images_01, recipe, image_seeds(seed, epochs, indices, "rand_augment"))

@@ -25,8 +25,10 @@ class DataRecipe:
     - `source: digits`: scikit-learn's handwritten digits, 32x32, 1,437 for training and 360 for the test; no `path`.
     - `source: parquet`: `path` is a folder of shards named `SPLIT-*.parquet` (or `SPLIT/*.parquet`).
     - `source: folder`: `path/SPLIT/CLASS/IMAGE`; classes are the sorted folder names.
-    - `source: webdataset`: `path` is a folder of `SPLIT-*.tar` (or `SPLIT/*.tar`) whose samples are `KEY.jpg` + `KEY.cls`.
-    - `source: hub`: `path` is the data set's id, e.g. `ILSVRC/imagenet-1k`, `config_name` its configuration if it has any.
+    - `source: webdataset`: `path` is a folder of `SPLIT-*.tar` (or `SPLIT/*.tar`) whose samples are `KEY.jpg` +
+      `KEY.cls`.
+    - `source: hub`: `path` is the data set's id, e.g. `ILSVRC/imagenet-1k`, `config_name` its configuration if it has
+      any.
 
     `train_split` and `test_split` are the source's own names of the two splits. `validation_fraction` of the training
     split is held out, always the same images for the same `split_seed`, so that choices never touch the test split.
@@ -69,8 +71,8 @@ class ImageSource:
 
     `source[i]` is `(PIL.Image in RGB, int label)` and raises `BadImageError` for an image that cannot be read;
     `image_id(i)` names the image; `class_names` are the labels' names in order; `fingerprint` says which data this is.
-    `bad_images` are the messages of images that opening the source left out. `classes_are_counted` where the labels have no
-    names: there are classes up to the highest label, and may be more.
+    `bad_images` are the messages of images that opening the source left out. `classes_are_counted` where the labels
+    have no names: there are classes up to the highest label, and may be more.
     """
 
     class_names: list[str]
@@ -104,7 +106,7 @@ def shard_files(path: str, split: str, suffix: str) -> list[str]:
     if not files:
         raise FileNotFoundError(
             f"no {suffix} files of split {split!r} in {path!r}; expected {split}-*{suffix} or {split}/*{suffix} "
-            f"(data.train_split and data.test_split name the splits)"
+            "(data.train_split and data.test_split name the splits)"
         )
     return files
 
@@ -120,7 +122,7 @@ def file_roots(recipe: DataRecipe) -> list[str]:
 
 
 def cell_bytes(cell: dict[str, Any] | None, roots: Sequence[str], image_id: str) -> bytes:
-    """The encoded image of a table's cell `{"bytes", "path"}`; a path is relative to one of `roots` and stays inside it.
+    """The encoded image of a table's cell `{"bytes", "path"}`; a path is relative to one of `roots` and stays in it.
 
     Raises BadImageError for an empty cell, a file outside of `roots` (data from elsewhere may name any file of this
     machine) and one that cannot be read.
@@ -155,8 +157,8 @@ def load_hub_dataset(recipe: DataRecipe, split: str, streaming: bool = False):
         return datasets.load_dataset(recipe.path, recipe.config_name, split=split, streaming=streaming)
     except (datasets.exceptions.DatasetNotFoundError, PermissionError, ConnectionError) as error:
         raise ValueError(
-            f"cannot load {recipe.path!r} from the Hub ({' '.join(str(error).split())}); if it is gated, accept its terms "
-            f"at https://huggingface.co/datasets/{recipe.path} and run `hf auth login`"
+            f"cannot load {recipe.path!r} from the Hub ({' '.join(str(error).split())}); if it is gated, accept its "
+            f"terms at https://huggingface.co/datasets/{recipe.path} and run `hf auth login`"
         ) from None
 
 

@@ -27,8 +27,8 @@ def evaluation_batch(source: ImageSource, indices: Sequence[int], processor) -> 
 class EvaluationImages(Dataset):
     """Items of `images_01` (3, H, W), `labels`, `indices` and `bad_images`.
 
-    The last is "" or says why an image cannot be read; such an image is black and has the label `BAD_IMAGE_LABEL`. Raised
-    in a loader's worker, the error would come as a page of traceback.
+    The last is "" or says why an image cannot be read; such an image is black and has the label `BAD_IMAGE_LABEL`.
+    Raised in a loader's worker, the error would come as a page of traceback.
     """
 
     def __init__(self, source: ImageSource, processor):

@@ -1,4 +1,4 @@
-"""Folders of images, listed once: 1.28 million files cost minutes on a network disk, at every start and in every process."""
+"""Folders of images, listed once: 1.28 million files cost minutes on a network disk, in every process."""
 
 import hashlib
 import json
@@ -18,7 +18,8 @@ class FolderSource(ImageSource):
     """`path/split/class/image`, the classes in sorted order; names that begin with a dot are left out.
 
     The listing of a large folder is kept in the user's cache and used again while the modification times of all its
-    folders are the same: files that come, go or get other names are noticed, a file that is overwritten in place is not.
+    folders are the same: files that come, go or get other names are noticed, a file that is overwritten in place is
+    not.
     """
 
     def __init__(self, path: str, split: str):

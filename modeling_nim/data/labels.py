@@ -23,7 +23,8 @@ def check_label(label: Any, class_names: Sequence[str] | None, num_images: int, 
         raise ValueError(f"{where}: label {label} has no name, there are {len(class_names)} classes from 0 up")
     if class_names is None and label >= max(_MANY_CLASSES, 10 * num_images):
         raise ValueError(
-            f"{where}: label {label} would make {label + 1} classes of {num_images} images; number the classes 0, 1, 2, ..."
+            f"{where}: label {label} would make {label + 1} classes of {num_images} images; number the "
+            "classes 0, 1, 2, ..."
         )
     return label
 

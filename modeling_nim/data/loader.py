@@ -91,7 +91,8 @@ def native_window(
     """Top, left, height and width of the pixels that become a window of `image_size` pixels once the shorter side of
     the image has `shorter_side` pixels.
 
-    It is counted in the image's own pixels, so that only the window is resized. `numbers` end in two uniforms: its place.
+    It is counted in the image's own pixels, so that only the window is resized. `numbers` end in two
+    uniforms: its place.
     """
     side = max(1, round(image_size * min(height, width) / shorter_side))
     return int(numbers[-2] * (height - side + 1)), int(numbers[-1] * (width - side + 1)), side, side
@@ -122,8 +123,8 @@ class TrainingImages(Dataset):
     ):
         if crop.crop == "native" and crop.shorter_side < image_size:
             raise ValueError(
-                f"crop.shorter_side {crop.shorter_side} is less than the model's image size {image_size}: no window fits; "
-                f"set crop.shorter_side to {image_size} or more"
+                f"crop.shorter_side {crop.shorter_side} is less than the model's image size {image_size}: no window "
+                f"fits; set crop.shorter_side to {image_size} or more"
             )
         if crop.crop == "padded" and crop.padding >= image_size:
             raise ValueError(
@@ -218,8 +219,9 @@ class TrainingImages(Dataset):
 class StepSampler(Sampler):
     """Keys `(epoch, index)` of the steps `start_step`..`num_steps`, `batch_size` of them per step (the global batch).
 
-    Every epoch is a permutation made from (seed, epoch), its incomplete last batch left out. The order at a step depends
-    on nothing that happened before it, so a run resumes by starting here, and any number of processes shares it.
+    Every epoch is a permutation made from (seed, epoch), its incomplete last batch left out. The order at a step
+    depends on nothing that happened before it, so a run resumes by starting here, and any number of processes shares
+    it.
     """
 
     def __init__(self, num_images: int, batch_size: int, seed: int, start_step: int, num_steps: int):
@@ -276,7 +278,7 @@ class StreamedImages(IterableDataset):
 
 
 class Batches:
-    """The micro-batches of this process; `state` is what the next run needs to go on, where the step alone does not say.
+    """The micro-batches of this process; `state` is what the next run needs to go on, where the step is not enough.
 
     An error of a loader's worker is raised here: from the worker it would come as a page of traceback.
     """

@@ -1,11 +1,11 @@
 """Random numbers that belong to an image, not to the process that happens to load it.
 
-Every draw is a pure function of (seed, epoch, image index, purpose). One GPU or eight, with or without workers, broken off
-and resumed: the same image in the same epoch meets the same crop, the same sigma and the same epsilon.
+Every draw is a pure function of (seed, epoch, image index, purpose). One GPU or eight, with or without workers, broken
+off and resumed: the same image in the same epoch meets the same crop, the same sigma and the same epsilon.
 
-The evaluation has other names (`robustness.draws`): there an image is known by its text id, because a result must not depend
-on its place in the data, and few images have many draws. Here it is an index, and millions of them are drawn for in every
-epoch: arithmetic on whole batches is a hundred times faster than a hash of each text.
+The evaluation has other names (`robustness.draws`): there an image is known by its text id, because a result must not
+depend on its place in the data, and few images have many draws. Here it is an index, and millions of them are drawn for
+in every epoch: arithmetic on whole batches is a hundred times faster than a hash of each text.
 """
 
 import zlib
@@ -25,7 +25,7 @@ def _mix(state: np.ndarray) -> np.ndarray:
 
 
 def image_seeds(seed: int, epochs, indices, purpose: str) -> np.ndarray:
-    """One 64-bit seed per image, shape (B,); `epochs` and `indices` are (B,) integers or scalars, `purpose` names the use."""
+    """One 64-bit seed per image, shape (B,); `epochs` and `indices` are (B,) integers or scalars, `purpose` a name."""
     with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
         state = _mix(np.atleast_1d(np.asarray(seed).astype(np.uint64)) + _GOLDEN)
         for part in (zlib.crc32(purpose.encode()), epochs, indices):

@@ -72,12 +72,12 @@ class StreamSource:
     def epochs(
         self, seed: int, rank: int, num_processes: int, position: StreamPosition
     ) -> Iterator[tuple[bytes | BadImageError, int, str]]:
-        """This process's share from `position` on, epoch after epoch without end, shuffled; loader workers share it further.
+        """This process's share from `position` on, epoch after epoch without end, shuffled; loader workers split it.
 
         `position` moves along. What lies before it in its epoch is read again but not decoded: the order of the images
         follows from (seed, epoch).
-        An error in the place of bytes is that image's. Raises ValueError naming a damaged tar, when its first image comes,
-        and a label that is none.
+        An error in the place of bytes is that image's. Raises ValueError naming a damaged tar, when its first image
+        comes, and a label that is none.
         """
         from datasets.distributed import split_dataset_by_node
 

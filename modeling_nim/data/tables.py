@@ -69,7 +69,7 @@ def undecoded(rows, column: str, path: str):
         if not encoded and not (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0):
             raise ValueError(
                 f"column {column!r} of {path!r} holds {kind}, no images; it must hold encoded files "
-                f"(PNG, JPEG, ...) as bytes or as datasets.Image: name another column in data.image_column"
+                "(PNG, JPEG, ...) as bytes or as datasets.Image: name another column in data.image_column"
             )
     return rows.cast_column(column, datasets.Image(decode=False))
 
@@ -93,7 +93,7 @@ def _checked_labels(rows, recipe: DataRecipe, names: list[str] | None) -> np.nda
 
 
 def _open_parquet(files: list[str], split: str):
-    """The rows, memory-mapped from a copy in Arrow's format in the cache of `datasets`: parquet has no random access to a row.
+    """The rows, memory-mapped from an Arrow copy in the cache of `datasets`: parquet has no random access to a row.
 
     Raises ValueError naming both sizes where the copy has no room; what takes long is said first.
     """
@@ -118,8 +118,8 @@ def _open_parquet(files: list[str], split: str):
         if needed > free:
             raise ValueError(
                 f"{os.path.dirname(files[0])!r} is copied to {place!r} before the first step, which takes "
-                f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; set HF_DATASETS_CACHE to another disk, or "
-                f"data.streaming=true to read the shards where they are"
+                f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; set HF_DATASETS_CACHE to another "
+                "disk, or data.streaming=true to read the shards where they are"
             )
         if needed >= SAY_FROM_BYTES:
             print(f"copying {needed / 2**30:.1f} GiB of parquet to {place}, once", file=sys.stderr)

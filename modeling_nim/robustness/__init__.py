@@ -1,4 +1,4 @@
-"""Attacks, their evaluation, certificates: `from modeling_nim.robustness import attack, evaluate, certify, as_target`."""
+"""Attacks, evaluation, certificates: `from modeling_nim.robustness import attack, evaluate, certify, as_target`."""
 
 import importlib
 

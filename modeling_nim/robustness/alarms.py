@@ -40,13 +40,15 @@ def of_models(models: dict[str, dict[str, Any]]) -> list[Alarm]:
 
 
 def of_clean_accuracy(name: str, right: Sequence[float], model: dict[str, Any]) -> list[Alarm]:
-    """On the accuracy without an attack, per image in [0, 1], against chance and against what the model's card states."""
+    """On the accuracy without an attack, per image in [0, 1], against chance and what the model's card states."""
     accuracy, (low, high) = percent(right), interval(right)
     alarms = []
     chance = model.get("chance")
     if chance is not None and low <= 100 * chance:
-        message = f"{accuracy:.1f}% of {len(right)} images are right without an attack, guessing gives {100 * chance:.1f}%: are"
-        message += " the labels those of the model, in its order, and is this what it was trained on?"
+        message = (
+            f"{accuracy:.1f}% of {len(right)} images are right without an attack, guessing gives {100 * chance:.1f}%"
+        )
+        message += ": are the labels those of the model, in its order, and is this what it was trained on?"
         alarms.append(_alarm("no_better_than_chance", name, message))
     stated = model.get("stated")
     if stated is not None and high < stated["low"] and accuracy < stated["accuracy"] - 2:
@@ -101,8 +103,9 @@ def _of_attack(where: str, group: tuple, members: list[Record], control: list[Re
         and epsilon >= NOT_SMALL_255[norm]
         and _takes_nothing(members, control, clean, accuracy)
     ):
-        message = f"{clean:.1f}% without the attack, {accuracy:.1f}% under it: at this budget the attack should take something"
-        alarms.append(_alarm("attack_without_effect", where, message + "; are the gradients those of the model?"))
+        message = f"{clean:.1f}% without the attack, {accuracy:.1f}% under it: at this budget the attack should take "
+        message += "something; are the gradients those of the model?"
+        alarms.append(_alarm("attack_without_effect", where, message))
     return alarms
 
 
@@ -111,7 +114,7 @@ NOT_SMALL_255 = {"linf": 4.0, "l2": 128.0}
 
 
 def _takes_nothing(members: list[Record], control: list[Record], clean: float, accuracy: float) -> bool:
-    """Less than one point of accuracy, and not half as much loss again; a robust model loses little, but its loss rises."""
+    """Less than one point of accuracy, and the loss grows by less than half: a robust model's loss does rise."""
     if clean < 20 or accuracy < clean - 1:
         return False
     attacked = {record.image_id for record in members}
@@ -132,8 +135,8 @@ def of_comparisons(comparisons: Sequence[dict[str, Any]]) -> list[Alarm]:
     for (label, threat, epsilon), pairs in undecided.items():
         farthest = max(pairs, key=lambda pair: abs(pair["accuracy_majority"][0] - pair["accuracy_majority"][1]))
         (first, second), (a, b) = farthest["models"], farthest["accuracy_majority"]
-        message = f"{farthest['num_images']} images do not rank {len(pairs)} pair(s) of models, such as {first} ({a:.1f}) and "
-        message += f"{second} ({b:.1f}; McNemar p = {farthest['p_value']:.2g})"
+        message = f"{farthest['num_images']} images do not rank {len(pairs)} pair(s) of models, such as {first} "
+        message += f"({a:.1f}) and {second} ({b:.1f}; McNemar p = {farthest['p_value']:.2g})"
         alarms.append(_alarm("too_few_images", f"{label}, {threat}, epsilon {epsilon:g}/255", message))
     return alarms
 

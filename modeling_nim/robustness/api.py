@@ -1,4 +1,4 @@
-"""The evaluation for callers in Python: `attack`, `evaluate` and `certify` anything that makes logits of [0, 1] images."""
+"""The evaluation from Python: `attack`, `evaluate` and `certify` anything that makes logits of [0, 1] images."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ from .targets import ClassifierTarget, FunctionTarget, PurifiedTarget, SmoothedT
 class AttackResult:
     """Adversarial images `(B, C, H, W)` in [0, 1] and per image what they cost: `queries` rows were asked of the model.
 
-    `zero_gradients` counts the steps that met a gradient of exactly zero, `skipped` says which images were wrong anyway.
+    `zero_gradients` counts the steps that met a gradient of exactly zero, `skipped` are images that were wrong before.
     """
 
     images_01: torch.Tensor
@@ -58,8 +58,8 @@ def as_target(
 ) -> Target:
     """What attacks see of a model, with or without a purifier before it.
 
-    Modules are put into evaluation mode and frozen; patch projections of models of transformers become matrix products of
-    the same weights, as in `run_attack.py`.
+    Modules are put into evaluation mode and frozen; patch projections of models of transformers become matrix products
+    of the same weights, as in `run_attack.py`.
 
     Args:
         model: a purified model of ours; an image classifier of transformers; a module or function from [0, 1] images
@@ -120,7 +120,8 @@ def attack(
     Args:
         model: whatever `as_target` takes; `target` are its further arguments.
         images_01, labels: `(B, C, H, W)` in [0, 1], `(B,)`.
-        attack: a row of `attacks.ATTACKS`, "package.module:function", or a function `(oracle, images_01, epsilon, ...)`.
+        attack: a row of `attacks.ATTACKS`, "package.module:function", or a function of
+            `(oracle, images_01, epsilon, ...)`.
         epsilon_255: of the norm, on 0..255. `threat_model`: None is the attack's usual one.
         seed, image_ids: name the noise draws. `num_draws`: on which images that are wrong anyway are found.
         micro_batch: most rows of a forward pass.
@@ -159,13 +160,14 @@ def evaluate(
     processor: Any = None,
     progress: bool = False,
 ) -> Summary:
-    """What attacks leave of a model's accuracy: rows, worst case, comparisons and alarms, as `run_attack.py` finds them.
+    """What attacks leave of a model's accuracy: rows, worst case, comparisons and alarms, as of `run_attack.py`.
 
     Args:
         model: whatever `as_target` takes, or a list of targets, or a dictionary of names to models.
-        data: `(images_01, labels)` or `(images_01, labels, image_ids)`; a DataLoader of such batches, or of dictionaries;
-            a `datasets` split; or an `ImageSource` of ours.
-        attacks: kinds, functions, dictionaries or `AttackRecipe`s; `protocol` is "smoke", "paper", "neurips" or "standard".
+        data: `(images_01, labels)` or `(images_01, labels, image_ids)`; a DataLoader of such batches, or of
+            dictionaries; a `datasets` split; or an `ImageSource` of ours.
+        attacks: kinds, functions, dictionaries or `AttackRecipe`s; `protocol` is "smoke", "paper", "neurips" or
+            "standard".
         epsilon_255, num_images, seeds, num_draws: as in a recipe of `run_attack.py`; `epsilon_255` is also that of the
             attacks named by kind or function.
         output_dir: keeps `records.jsonl` and `summary.json`; the same call continues there after a stop.

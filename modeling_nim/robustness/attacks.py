@@ -1,13 +1,13 @@
 """The attacks: each is a function of an `Oracle` and [0, 1] images, and one row of `ATTACKS`.
 
 The row says in which threat models the attack makes sense, which settings of a recipe it uses and how many gradients it
-takes; label, allowed settings and cost follow from it. A new attack is a function and a row, here; an attack of one's own
-stays outside, as `package.module:function` in a recipe. Distances are in [0, 1] units (`epsilon` is `epsilon_255 / 255`; its
-L2 norm likewise).
+takes; label, allowed settings and cost follow from it. A new attack is a function and a row, here; an attack of one's
+own stays outside, as `package.module:function` in a recipe. Distances are in [0, 1] units (`epsilon` is `epsilon_255 /
+255`; its L2 norm likewise).
 
-Sources: FGSM, Goodfellow et al. 2015; PGD, Madry et al. 2018; MI-FGSM, Dong et al. 2018; APGD, Croce & Hein 2020; Square,
-Andriushchenko et al. 2020; draws weighted inside EOT, after a finding of DiffHammer (Wang et al. 2024). Written from those
-papers.
+Sources: FGSM, Goodfellow et al. 2015; PGD, Madry et al. 2018; MI-FGSM, Dong et al. 2018; APGD, Croce & Hein 2020;
+Square, Andriushchenko et al. 2020; draws weighted inside EOT, after a finding of DiffHammer (Wang et al. 2024). Written
+from those papers.
 """
 
 import difflib
@@ -95,8 +95,8 @@ def pgd(
 ) -> torch.Tensor:
     """Projected gradient ascent; returns the last iterate.
 
-    With `patch_size`, start and steps are constant over each patch, so that the perturbation moves patch means alone: the
-    patch-mean attack. Pixels that have met 0 or 1 on the way lag behind their patch; holding them to it as well, by
+    With `patch_size`, start and steps are constant over each patch, so that the perturbation moves patch means alone:
+    the patch-mean attack. Pixels that have met 0 or 1 on the way lag behind their patch; holding them to it as well, by
     clipping the image instead of the iterate, left the same accuracy on digits.
     `start_01` overrides the start; `weigh` weights the draws of each step (`Oracle.gradient`).
     """
@@ -140,8 +140,9 @@ def mim(
 def apgd(oracle: Oracle, images_01: torch.Tensor, epsilon: float, steps: int, norm: Norm = "linf") -> torch.Tensor:
     """Auto-PGD (Croce & Hein 2020, Algorithm 1): momentum, and a step size that is halved when progress stops.
 
-    Returns the iterate with the largest loss, averaged over the draws that the oracle gave it. `steps` counts gradients, as
-    for PGD, the one at the random start included: the paper's algorithm makes one move more and looks at its end point.
+    Returns the iterate with the largest loss, averaged over the draws that the oracle gave it. `steps` counts
+    gradients, as for PGD, the one at the random start included: the paper's algorithm makes one move more and looks at
+    its end point.
     """
     momentum, progress_share = 0.75, 0.75
     checkpoints = _apgd_checkpoints(steps)
@@ -202,9 +203,10 @@ def square(
 ) -> torch.Tensor:
     """Square attack, L-inf: random squares are kept when they raise the margin loss, averaged over the oracle's draws.
 
-    `queries` counts the model's answers per image, every draw of an average included. `stop_when_wrong` ends an image at its
-    first wrong answer; None: where the model is not random. A random model would be judged by one lucky draw, so there the
-    attack goes on, and a loss that a square was kept for, the luckiest of many, is measured again before it is compared.
+    `queries` counts the model's answers per image, every draw of an average included. `stop_when_wrong` ends an image
+    at its first wrong answer; None: where the model is not random. A random model would be judged by one lucky draw, so
+    there the attack goes on, and a loss that a square was kept for, the luckiest of many, is measured again before it
+    is compared.
     """
     batch, channels, height, width = images_01.shape
     device = images_01.device

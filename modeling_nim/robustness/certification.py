@@ -1,7 +1,7 @@
 """Randomized smoothing with the NIM denoiser: a certificate for every image, no attack involved (Cohen et al. 2019).
 
-The smoothing noise is the defence's own noise, so it is added once. The certificate holds for the majority vote over that
-noise, at L2 radii in [0, 1] pixel units, with probability 1 - alpha per image.
+The smoothing noise is the defence's own noise, so it is added once. The certificate holds for the majority vote over
+that noise, at L2 radii in [0, 1] pixel units, with probability 1 - alpha per image.
 """
 
 import time
@@ -71,9 +71,9 @@ def check_certifiable(target: Target, images_01: torch.Tensor) -> float:
         raise ValueError(f"{target.name}: certify single votes (num_votes: 1), the certificate does the voting itself")
     if getattr(config, "norm_pix_loss", False) and getattr(config, "patch_statistics", "noisy") == "input":
         raise ValueError(
-            f'{target.name}: its purifier has patch_statistics="input": it takes patch means and contrasts from the un-noised '
-            "image, so the answer is no function of the noisy image and no certificate would be valid. Use a purifier with "
-            'patch_statistics="noisy" (or norm_pix_loss=False)'
+            f'{target.name}: its purifier has patch_statistics="input": it takes patch means and contrasts from the '
+            "un-noised image, so the answer is no function of the noisy image and no certificate would be valid. Use a "
+            'purifier with patch_statistics="noisy" (or norm_pix_loss=False)'
         )
     if not _sees_the_noisy_image_alone(target, images_01, spec.a):
         raise ValueError(
@@ -99,7 +99,7 @@ def _sees_the_noisy_image_alone(target: PurifiedTarget, images_01: torch.Tensor,
 def count_votes(
     target: Target, image_01: torch.Tensor, image_id: str, seed: int, draws: range, micro_batch: int
 ) -> torch.Tensor:
-    """How often each class wins over the numbered noise draws of one image `(3, H, W)`, at most `micro_batch` in memory.
+    """How often each class wins over numbered noise draws of one image `(3, H, W)`, `micro_batch` at a time.
 
     The draws are seeded one by one, so that the counts do not depend on the micro-batch.
     """

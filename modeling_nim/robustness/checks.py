@@ -15,8 +15,8 @@ from .targets import Target
 
 @torch.no_grad()
 def inspect_target(target: Target, images_01: torch.Tensor) -> dict[str, bool]:
-    """Whether equal draws give equal answers (`repeatable`), other draws others (`draws_differ`; None: it has no noise),
-    and whether the answer to equal draws stays where it is when each pixel's last bit changes (`continuous`).
+    """Whether equal draws give equal answers (`repeatable`), other draws others (`draws_differ`; None: it has no
+    noise), and whether the answer to equal draws stays where it is when each pixel's last bit changes (`continuous`).
 
     Noise that is made from the image repeats itself, so the last question is the one that finds it.
     """

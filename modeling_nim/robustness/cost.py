@@ -33,7 +33,7 @@ def measure_speed(target: Target, images_01: torch.Tensor, micro_batch: int) -> 
 def seconds_per_image(
     job: Job, targets: Sequence[Target], speeds: dict[str, dict[str, float]], num_draws: int
 ) -> float:
-    """Expected seconds that the job spends on one image, from the counts of its passes and each model's `measure_speed`."""
+    """Expected seconds that the job spends on one image, from its counts of passes and each model's `measure_speed`."""
     target, recipe = targets[job.target], job.attack
     draws = num_draws if target.is_random and job.threat_model != "white_box_known_draw" else 1
     speed = speeds[target.name]

@@ -1,9 +1,9 @@
 """Where every random number of an evaluation comes from.
 
-A number is named by (seed, image id, purpose, indices) and by nothing else. So the attacker, the defence and the scoring
-never share a draw, and a result does not depend on the batch an image is in, on how many processes there are, or on where
-a run was interrupted. The global generators are neither read nor advanced. Why training has other names is said in
-`data.randomness`.
+A number is named by (seed, image id, purpose, indices) and by nothing else. So the attacker, the defence and the
+scoring never share a draw, and a result does not depend on the batch an image is in, on how many processes there are,
+or on where a run was interrupted. The global generators are neither read nor advanced. Why training has other names is
+said in `data.randomness`.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ PICTURE, RECONSTRUCTION, CERTIFY = "picture", "reconstruction", "certify"
 def stream_seed(seed: int, image_id: str, purpose: str, *indices: int) -> int:
     """A 63-bit seed for one draw; equal names give equal seeds, on every machine.
 
-    torch's CPU generator reads the low 32 bits alone. Of an attack with thousands of draws, one is then the same as one of
-    the ten that are scored with a chance of 2e-5 per image, which moves nothing. Where draws must be independent of each
-    other by the letter, use `distinct_seeds`.
+    torch's CPU generator reads the low 32 bits alone. Of an attack with thousands of draws, one is then the same as one
+    of the ten that are scored with a chance of 2e-5 per image, which moves nothing. Where draws must be independent of
+    each other by the letter, use `distinct_seeds`.
     """
     name = f"{seed}/{image_id}/{purpose}/{'/'.join(map(str, indices))}"
     return int.from_bytes(hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest(), "big") >> 1
@@ -34,8 +34,9 @@ def stream_seed(seed: int, image_id: str, purpose: str, *indices: int) -> int:
 def distinct_seeds(seed: int, image_id: str, purpose: str, draws: range) -> list[int]:
     """A seed for each of an image's `draws` (numbers below 2^32), no two alike in the low 32 bits that CPUs read.
 
-    Seeds drawn at random coincide about n^2 / 2^33 times in n draws: once in a certificate of 100,000, whose votes would
-    then not be independent. These are steps of an odd length around the 2^32 numbers, which visit each of them once.
+    Seeds drawn at random coincide about n^2 / 2^33 times in n draws: once in a certificate of 100,000, whose votes
+    would then not be independent. These are steps of an odd length around the 2^32 numbers, which visit each of them
+    once.
     """
     first = stream_seed(seed, image_id, purpose)
     return [(first & ~0xFFFFFFFF) | ((first + 0x9E3779B1 * draw) & 0xFFFFFFFF) for draw in draws]

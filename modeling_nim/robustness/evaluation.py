@@ -121,8 +121,8 @@ def score_batch(
 ) -> list[Record]:
     """One record per image: predictions on the evaluation draws, and the perturbation measured on what was scored.
 
-    `clean_predictions` are those of the control with the same seed, on the same draws; images that are not among them are
-    put to the model once more (with more processes than batches, the control may be under way elsewhere).
+    `clean_predictions` are those of the control with the same seed, on the same draws; images that are not among them
+    are put to the model once more (with more processes than batches, the control may be under way elsewhere).
     """
     target = targets[job.target]
     draws = num_draws if target.is_random and job.threat_model != "white_box_known_draw" else 1

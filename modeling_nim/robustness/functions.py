@@ -16,7 +16,8 @@ def named_function(name: str, what: str) -> Callable:
         found = getattr(importlib.import_module(module_name), function_name)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"{what} {name!r}: {error}; put the folder of the module on PYTHONPATH, e.g. PYTHONPATH=. python scripts/..."
+            f"{what} {name!r}: {error}; put the folder of the module on PYTHONPATH, e.g. "
+            "PYTHONPATH=. python scripts/..."
         ) from None
     except AttributeError:
         raise ValueError(f"{what} {name!r}: module {module_name!r} has no function {function_name!r}") from None

@@ -30,8 +30,8 @@ from .targets import ClassifierTarget, PurifiedTarget, Target
 class PatchProjection(nn.Module):
     """A convolution whose windows tile the image, as the matrix product that it is; weights and names are the same.
 
-    Attacks need its gradient with respect to the image, which as a convolution takes a quarter of a small model's pass on
-    CPUs.
+    Attacks need its gradient with respect to the image, which on CPUs, as a convolution, takes a quarter of a small
+    model's pass.
     """
 
     def __init__(self, convolution: nn.Conv2d):
@@ -128,8 +128,8 @@ def _make_target(recipe: EvaluatedModelRecipe, model: nn.Module, processor: Any,
         return PurifiedTarget(recipe.name, model, sigma, recipe.num_votes, recipe.without_purifier)
     if sigma is not None or recipe.num_votes is not None or recipe.without_purifier:
         raise ValueError(
-            f"model {recipe.name!r} at {recipe.path!r} has no purifier: leave sigma, num_votes and without_purifier out, or "
-            "give 'purifier' and 'classifier' paths"
+            f"model {recipe.name!r} at {recipe.path!r} has no purifier: leave sigma, num_votes and without_purifier "
+            "out, or give 'purifier' and 'classifier' paths"
         )
     if getattr(processor, "do_normalize", True):
         return ClassifierTarget(recipe.name, model, processor.image_mean, processor.image_std)
@@ -145,7 +145,8 @@ def check_classes(targets: Sequence[Target], source: ImageSource | TensorImages)
             continue
         if known < num_classes or (known > num_classes and not source.classes_are_counted):
             raise ValueError(
-                f"{target.name} tells {known} classes apart, the data have {num_classes}: name the data it was trained for"
+                f"{target.name} tells {known} classes apart, the data have {num_classes}: name the data it "
+                "was trained for"
             )
 
 
@@ -155,7 +156,8 @@ def check_losses(targets: Sequence[Target], attacks: Sequence[AttackRecipe]) -> 
         for attack in attacks:
             if attack.uses_dlr and target.num_classes is not None and target.num_classes < 3:
                 raise ValueError(
-                    f"attack {attack.label!r} needs 3 classes for its DLR loss, {target.name} has {target.num_classes}: "
+                    f"attack {attack.label!r} needs 3 classes for its DLR loss, {target.name} has "
+                    f"{target.num_classes}: "
                     "use the CE loss, e.g. apgd_ce"
                 )
 

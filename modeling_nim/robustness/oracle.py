@@ -1,7 +1,8 @@
-"""What an attacker may ask a model: losses and gradients, averaged over fresh noise draws (EOT), and the losses themselves.
+"""What an attacker may ask a model: losses, and gradients averaged over fresh noise draws (EOT).
 
-The oracle answers what the threat model lets the attacker ask, in forward passes of at most `micro_batch` rows. An attack is
-a function of an oracle and images, and asks nothing else. EOT: Athalye et al. 2018. DLR loss: Croce & Hein 2020.
+The oracle answers what the threat model lets the attacker ask, in forward passes of at most `micro_batch` rows. An
+attack is a function of an oracle and images, and asks nothing else. EOT: Athalye et al. 2018. DLR loss: Croce & Hein
+2020.
 """
 
 import math
@@ -43,8 +44,8 @@ def dlr_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def closeness_to_failing(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The slope of a sigmoid of the margin, a weight of a draw `(R,)`: largest on the border of a mistake.
 
-    What is wrong already needs no more, and what is far from wrong is out of reach. The floor keeps an image that is far
-    from wrong on all of its draws from a gradient of zero.
+    What is wrong already needs no more, and what is far from wrong is out of reach. The floor keeps an image that is
+    far from wrong on all of its draws from a gradient of zero.
     """
     margins = margin_loss(logits, labels).clamp(-30, 30)
     return torch.sigmoid(margins) * torch.sigmoid(-margins)
@@ -183,8 +184,8 @@ def choose_worst(
 ) -> torch.Tensor:
     """Per image, the candidate with the lowest accuracy, and among equals the largest margin loss.
 
-    Judged on selection draws, which are neither the attack's nor the ones that will be scored; an attacker who knows the
-    scored draw judges on that.
+    Judged on selection draws, which are neither the attack's nor the ones that will be scored; an attacker who knows
+    the scored draw judges on that.
     """
     if len(candidates) == 1:
         return candidates[0]

@@ -109,8 +109,8 @@ def reconstruction_records(
 ) -> list[dict[str, Any]]:
     """How each purifier undoes the noise of each sigma, one record per purifier, sigma and image.
 
-    `psnr_db` is the peak signal-to-noise ratio of the purified image. `loss` is the loss of pre-training (Figures 3 and 6),
-    None for images that are larger than the purifier. An image meets the same epsilon at every sigma.
+    `psnr_db` is the peak signal-to-noise ratio of the purified image. `loss` is the loss of pre-training (Figures 3 and
+    6), None for images that are larger than the purifier. An image meets the same epsilon at every sigma.
     """
     records = []
     for name, (purifier, processor) in purifiers.items():

@@ -27,15 +27,15 @@ Epsilon255 = Annotated[float, Bounds(least=0, most=1_000_000)]  # an L2 distance
 class AttackRecipe:
     """One attack; lists multiply.
 
-    - `attack`: a row of `attacks.ATTACKS`, or a function of one's own as `package.module:function` (in Python the function
-      itself), with `arguments`.
-    - `threat_models`: `white_box` (exact gradients through the defence, not the draw), `white_box_known_draw` (the scored
-      draw as well), `gray_box` (the classifier, unaware of the defence), `black_box` (answers only).
+    - `attack`: a row of `attacks.ATTACKS`, or a function of one's own as `package.module:function` (in Python the
+      function itself), with `arguments`.
+    - `threat_models`: `white_box` (exact gradients through the defence, not the draw), `white_box_known_draw` (the
+      scored draw as well), `gray_box` (the classifier, unaware of the defence), `black_box` (answers only).
     - `epsilon_255`: of the norm, on 0..255.
     - `models`, `sigmas`: restrict the attack to these models (by name) and these sigmas of the defended ones.
     - `num_images`, `seeds`: fewer than the run's.
-    - `skip_misclassified`: images that are wrong without an attack on every selection draw are not attacked; None: where
-      that saves more than finding them costs.
+    - `skip_misclassified`: images that are wrong without an attack on every selection draw are not attacked; None:
+      where that saves more than finding them costs.
 
     The settings, of which each attack uses some and refuses the others:
 
@@ -162,7 +162,7 @@ class AttackRecipe:
         return self.alpha_ratio * epsilon_255 if self.alpha_255 is None else self.alpha_255
 
     def keywords(self, epsilon_255: float, restart: int, patch_size: int | None) -> dict[str, Any]:
-        """The arguments of the attack's function, in [0, 1] units; `patch_size` is the model's, for recipes without one."""
+        """Arguments of the attack's function, in [0, 1] units; `patch_size` is the model's, for recipes without one."""
         if self.attack == "torchattacks":
             arguments = torchattacks_arguments(self, epsilon_255)
             return {"attack_class": torchattacks_class(self), "arguments": arguments}
@@ -206,7 +206,7 @@ _TOLD = ("steps", "alpha_255", "queries")
 
 
 def settings_text(settings: dict[str, Any]) -> list[str]:
-    """What sets an attack apart, in words, of the `settings` of a row (`AttackRecipe.settings`): `["10 steps", "alpha 2"]`."""
+    """What sets an attack apart, in words, of a row's `settings` (of an `AttackRecipe`): `["10 steps", "alpha 2"]`."""
     defaults = {item.name: _default(item) for item in dataclasses.fields(AttackRecipe) if item.name != "attack"}
     texts = []
     for key, text in _TEXTS.items():
@@ -231,7 +231,7 @@ def _find_loss(loss: str | Callable[[torch.Tensor, torch.Tensor], torch.Tensor])
 
 @dataclass
 class EvaluatedModelRecipe:
-    """A model to evaluate: `path` (purified or any transformers image classifier), or `purifier` and `classifier` paths.
+    """A model to evaluate: `path` (purified, or any image classifier of transformers), or `purifier` and `classifier`.
 
     `sigma` of the defence: a number, a specification, or a list of them; None means the model's own.
     `without_purifier` evaluates the classifier inside a purified model alone.
@@ -275,7 +275,7 @@ class EvaluatedModelRecipe:
 
 @dataclass
 class PicturesRecipe:
-    """Which images `reports/figures.py` can show: the attack `attack` (a label) at `epsilon_255` on the first images."""
+    """Images that `reports/figures.py` can show: the attack `attack` (a label) at `epsilon_255` on the first ones."""
 
     num_images: Count = 6  # the first images
     attack: str = "pgd-10"  # its label
@@ -289,13 +289,13 @@ class PicturesRecipe:
 
 @dataclass
 class ReconstructionRecipe:
-    """How well `purifiers` (name: path) undo noise of each sigma, on the first `num_images` images: PSNR, and the loss of
-    pre-training (Figures 3 and 6) where the images have the purifier's size."""
+    """How well `purifiers` (name: path) undo noise of each sigma, on the first `num_images` images: PSNR, and the loss
+    of pre-training (Figures 3 and 6) where the images have the purifier's size."""
 
     purifiers: dict[str, str]  # directories by name
     sigmas_255: list[Annotated[float, Bounds(least=0, most=MAX_SIGMA_255)]]  # the noise that is undone
     num_images: Count = 64  # the first images
-    # side of the squares that are cut from the middle of the images, resized to it; null: as the purifier's processor does
+    # side of the squares cut from the middle of the images and resized to it; null: as the purifier's processor does
     image_size: Count | None = None
 
     def __post_init__(self):

@@ -1,8 +1,8 @@
 """Records on disk: one JSON line per image, attack and seed, written as they come and continued after a kill.
 
 A run is a fixed list of units (one batch of one job), each with a known number of lines. Processes take the units of a
-round side by side, the main process writes them in order. So the file is the same whether one process made it or several,
-in one go or in many.
+round side by side, the main process writes them in order. So the file is the same whether one process made it or
+several, in one go or in many.
 """
 
 import dataclasses
@@ -52,8 +52,8 @@ def plan_units(images_per_job: Sequence[int], batch_size: int) -> list[Unit]:
 class RecordFile:
     """`DIR/records.jsonl` (or another `name`), its clock `DIR/seconds.jsonl`, and `DIR/run.json`, the settings.
 
-    `settings` is everything the records depend on. A directory that was made with other settings is refused, and so is one
-    that another run is writing to; `close` gives it up.
+    `settings` is everything the records depend on. A directory that was made with other settings is refused, and so is
+    one that another run is writing to; `close` gives it up.
     """
 
     def __init__(
@@ -83,8 +83,8 @@ class RecordFile:
             different = sorted(key for key in settings | stored if settings.get(key) != stored.get(key))
             if different:
                 raise ValueError(
-                    f"{self.directory} holds records made with another {', '.join(different)}: choose another output_dir, "
-                    "or delete it to start again"
+                    f"{self.directory} holds records made with another {', '.join(different)}: choose another "
+                    "output_dir, or delete it to start again"
                 )
         elif self.path.exists():
             raise ValueError(f"{self.path} exists without a run.json: choose another output_dir, or delete it")
@@ -103,7 +103,7 @@ class RecordFile:
         return done
 
     def _complete(self, lines: Sequence[bytes]) -> tuple[int, int]:
-        """How many units, and how many lines, are complete; ValueError names the first line that does not belong there."""
+        """How many units and how many lines are complete; ValueError names the first line that does not fit."""
         kept = 0
         for done, unit in enumerate(self.units):
             identities = self.identities(unit)
@@ -130,8 +130,8 @@ class RecordFile:
 
     def _refusal(self, number: int, what: str) -> str:
         return (
-            f"{self.path}, line {number} {what}. Keep what comes before it (head -n {number - 1}) and start again, the rest "
-            "is made anew; or choose another output_dir"
+            f"{self.path}, line {number} {what}. Keep what comes before it (head -n {number - 1}) and start again, the "
+            "rest is made anew; or choose another output_dir"
         )
 
     def rounds(self) -> Iterator[Unit | None]:

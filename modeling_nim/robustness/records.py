@@ -1,7 +1,7 @@
 """What an evaluation writes down: a record per image, attack and seed, a row per table line, a certificate per image.
 
-The same name means the same thing in all of them: `attack` is the kind of attack and `name` its label, `sigma` is a number
-on 0..255, or a text where the defence has no such number ("uniform(0, 30)", "mask"), or None without a defence.
+The same name means the same thing in all of them: `attack` is the kind of attack and `name` its label, `sigma` is a
+number on 0..255, or a text where the defence has no such number ("uniform(0, 30)", "mask"), or None without a defence.
 """
 
 import dataclasses
@@ -45,8 +45,8 @@ class _Jsonable:
 class Record(_Jsonable):
     """One image under one attack with one seed; `predictions` are those on the evaluation draws.
 
-    Distances and the range of pixels are measured on what was scored. `clean_predictions` are those of the image without
-    an attack, on the same draws.
+    Distances and the range of pixels are measured on what was scored. `clean_predictions` are those of the image
+    without an attack, on the same draws.
     """
 
     model: str

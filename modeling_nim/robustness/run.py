@@ -31,8 +31,8 @@ CLEAN_CHECK_IMAGES = 64  # on which the accuracy without an attack is looked at 
 class AttackRun:
     """Targets, images and a plan, and what is known of them; `rounds` attacks, `summary` says what is left.
 
-    Making one asks the models what they are and guesses the cost; it writes nothing. `warnings` are the alarms that ring
-    before the first attack.
+    Making one asks the models what they are and guesses the cost; it writes nothing. `warnings` are the alarms that
+    ring before the first attack.
     """
 
     def __init__(

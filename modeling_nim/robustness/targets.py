@@ -22,8 +22,8 @@ Noise = dict[str, Any]
 class Target(nn.Module):
     """A classifier of [0, 1] images `(R, 3, H, W)`, R rows, each with its own noise draw.
 
-    Subclasses implement `draw` and `logits`; `classifier_logits` and `features` where a gray-box attacker has something to
-    differentiate. `is_random` says whether `draw` matters; a model that is random without saying so is found out by
+    Subclasses implement `draw` and `logits`; `classifier_logits` and `features` where a gray-box attacker has something
+    to differentiate. `is_random` says whether `draw` matters; a model that is random without saying so is found out by
     `checks.inspect_target`.
     """
 
@@ -34,7 +34,7 @@ class Target(nn.Module):
     rows_per_decision: int = 1  # forward passes of one decision (the votes), for the micro-batch and the cost
 
     def draw(self, seeds: Sequence[int], image_shape: Sequence[int]) -> Noise:
-        """The noise of `len(seeds)` decisions on images `(C, H, W)`, to be handed to `logits` once; empty without noise."""
+        """The noise of `len(seeds)` decisions on images `(C, H, W)`, for one call of `logits`; empty without noise."""
         return {}
 
     def logits(self, images_01: torch.Tensor, noise: Noise) -> torch.Tensor:
@@ -165,12 +165,12 @@ class PurifiedTarget(_ModelTarget):
 
 
 class FunctionTarget(Target):
-    """A classifier that is a function of [0, 1] images to logits (a tensor, or an output with `.logits`), from anywhere.
+    """A classifier that is any function of [0, 1] images to logits (a tensor, or an output with `.logits`).
 
-    `purifier` stands before it: a function or module of [0, 1] images to [0, 1] images. How it gets its noise is told by
-    its parameters: with `generators`, a list of one generator per image beside the batch; with `generator`, one generator,
-    image by image; with neither, image by image under seeded global generators. `is_random` says whether there is noise;
-    without a purifier it is the classifier that has it, and it is treated as the last kind.
+    `purifier` stands before it: a function or module of [0, 1] images to [0, 1] images. How it gets its noise is told
+    by its parameters: with `generators`, a list of one generator per image beside the batch; with `generator`, one
+    generator, image by image; with neither, image by image under seeded global generators. `is_random` says whether
+    there is noise; without a purifier it is the classifier that has it, and it is treated as the last kind.
     """
 
     def __init__(
@@ -240,7 +240,8 @@ class FunctionTarget(Target):
             purified = self.purifier(images_01)
         if purified.shape != images_01.shape:
             raise ValueError(
-                f"{self.name}: the purifier made {tuple(purified.shape)} of images {tuple(images_01.shape)}: they must agree"
+                f"{self.name}: the purifier made {tuple(purified.shape)} of images {tuple(images_01.shape)}: they "
+                "must agree"
             )
         return purified
 
@@ -253,7 +254,7 @@ class FunctionTarget(Target):
 
 
 class SmoothedTarget(Target):
-    """Another target behind Gaussian noise of its own: `f(x + sigma * epsilon)`, unclipped, as Cohen et al. 2019 smooth it."""
+    """Another target behind Gaussian noise of its own, unclipped: `f(x + sigma * epsilon)` (Cohen et al. 2019)."""
 
     is_random = True
 

@@ -37,8 +37,8 @@ def torchattacks_class(recipe: Any) -> type:
 
 
 def torchattacks_arguments(recipe: Any, epsilon_255: float) -> dict[str, Any]:
-    """What the class is called with: the recipe's settings under torchattacks' names where it knows them, in [0, 1] units,
-    and over them `arguments`."""
+    """What the class is called with: the recipe's settings under torchattacks' names where it knows them, in [0, 1]
+    units, and over them `arguments`."""
     ours = {"eps": epsilon_255 / 255, "alpha": recipe.alpha(epsilon_255) / 255, "steps": recipe.steps}
     ours |= {"n_queries": recipe.queries, "eot_iter": recipe.eot_samples}
     known = inspect.signature(torchattacks_class(recipe).__init__).parameters

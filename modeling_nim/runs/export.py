@@ -1,7 +1,7 @@
 """A defended classifier as one file that runs without this package: ONNX, or a program of `torch.export`.
 
-Degrade, reconstruct and classify become one graph with a dynamic batch. The noise is drawn inside the graph, anew in each
-call, or it is the second input. The file also says how its images are prepared and what its classes are called.
+Degrade, reconstruct and classify become one graph with a dynamic batch. The noise is drawn inside the graph, anew in
+each call, or it is the second input. The file also says how its images are prepared and what its classes are called.
 """
 
 import json
@@ -54,7 +54,7 @@ class DefendedLogits(nn.Module):
         self.num_votes = model.config.num_votes if num_votes is None else num_votes
 
     def forward(self, pixel_values: torch.Tensor, epsilon: torch.Tensor | None = None) -> torch.Tensor:
-        """`(B, 3, H, W)` normalised images, and `(B, 3, H, W)` noise or `(B, K, 3, H, W)` for K votes, to `(B, L)` logits."""
+        """`(B, L)` logits of normalized images `(B, 3, H, W)` and as much noise; K votes take `(B, K, 3, H, W)`."""
         return self.model(pixel_values, sigma=self.sigma_255, epsilon=epsilon, num_votes=self.num_votes).logits
 
     def example(self, noise: Literal["inside", "input"], batch_size: int = 2) -> tuple[torch.Tensor, ...]:
@@ -135,8 +135,8 @@ def load_exported(
 
     Args:
         num_threads: of onnxruntime; torch has its own setting.
-        seed: of the noise that onnxruntime draws, 0 or more; None takes one from the system's secure source. Programs of
-            torch draw from the global random state.
+        seed: of the noise that onnxruntime draws, 0 or more; None takes one from the system's secure source. Programs
+            of torch draw from the global random state.
 
     Raises:
         ValueError: the ending is neither `.onnx` nor `.pt2`.
@@ -147,7 +147,7 @@ def load_exported(
         raise ValueError(f"{os.fspath(path)!r} ends in neither .onnx nor .pt2: name the file by its format")
     import onnxruntime
 
-    # Without this all sessions of a process, and of its forks, draw the same noise: onnxruntime has one seed, a clock's.
+    # Without this all sessions of a process and its forks draw the same noise: onnxruntime has one seed, a clock's.
     onnxruntime.set_seed(secrets.randbits(62) if seed is None else seed)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = num_threads

@@ -35,14 +35,14 @@ def naming_path(path: str | os.PathLike) -> Iterator[None]:
                 raise
             reason = "torch.save came to no end; is the disk full?"
         raise WriteError(
-            f"cannot write {str(path)!r} ({reason}); what was there before is intact: make room, or make it writable, and "
-            f"give the same command again"
+            f"cannot write {str(path)!r} ({reason}); what was there before is intact: make room, or make it writable, "
+            "and give the same command again"
         ) from error
 
 
 @contextmanager
 def written_whole(path: str | os.PathLike) -> Iterator[Path]:
-    """Gives a temporary path; the file or the directory that is written there becomes `path`, or is removed on an error.
+    """Gives a temporary path; the file or directory that is written there becomes `path`, or is removed on an error.
 
     The folder of `path` is made. A file that was at `path` is replaced; a WriteError names it.
     """
@@ -70,7 +70,7 @@ def remove(path: str | os.PathLike) -> None:
 
 
 def sync(path: str | os.PathLike) -> None:
-    """Brings a file, or all files of a directory, to the disk: a power cut after a rename must not leave an empty file."""
+    """Brings a file, or all files of a directory, to the disk: no power cut after a rename leaves an empty file."""
     for folder, _, names in os.walk(path):
         for name in names:
             _sync_one(os.path.join(folder, name))
@@ -107,7 +107,7 @@ def write_jsonl(path: str | os.PathLike, records: Sequence[dict[str, Any]]) -> N
 
 
 def append_text(path: str | os.PathLike, text: str) -> None:
-    """Adds whole lines to a log and brings them to the disk; who reads it leaves out the piece that a killed run wrote."""
+    """Adds whole lines to a log and brings them to the disk; readers leave out the piece that a killed run wrote."""
     with naming_path(path), open(path, "a", encoding="utf-8") as file:
         file.write(text)
         file.flush()

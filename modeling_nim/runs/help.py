@@ -1,7 +1,7 @@
-"""What `--help` prints: every key of a recipe with its type, default and meaning, read from the source without importing it.
+"""What `--help` prints: every key of a recipe with type, default and meaning, read from the source, not imported.
 
-Importing the recipes means importing PyTorch and transformers, which takes seconds. This file imports the standard library
-alone, and nothing of this package, so that `scripts/early_help.py` can use it before anything else is imported.
+Importing the recipes means importing PyTorch and transformers, which takes seconds. This file imports the standard
+library alone, and nothing of this package, so that `scripts/early_help.py` can use it before anything else is imported.
 
 The meaning of a key is the comment at the end of its line or above it, or else the bullet "- `key`: meaning" in the
 docstring of its dataclass; that of a section is the first sentence of its docstring.

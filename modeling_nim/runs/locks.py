@@ -15,16 +15,16 @@ from .processes import on_main_process
 LOCK_FILE = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # some network file systems
 
-# The lock belongs to the process, and closing any descriptor of its file gives it up: one descriptor each, kept here, with
-# the thread that took it. When that thread comes again, its run before has ended, well or with an exception.
+# The lock belongs to the process, and closing any descriptor of its file gives it up: one descriptor each, kept here,
+# with the thread that took it. When that thread comes again, its run before has ended, well or with an exception.
 _held: dict[str, tuple[int, threading.Thread]] = {}
 
 
 def lock_directory(directory: str | os.PathLike) -> None:
-    """Takes `directory`, which is made, for this process until `unlock_directory` or the end of the process, a kill too.
+    """Makes `directory` and takes it for this process until `unlock_directory` or the process's end, a kill too.
 
-    The lock is a POSIX record lock of `directory/.lock`, which NFS passes on to its server. Where the file system has no
-    locks, there is a warning instead. Raises ValueError naming host and process of who has it.
+    The lock is a POSIX record lock of `directory/.lock`, which NFS passes on to its server. Where the file system has
+    no locks, there is a warning instead. Raises ValueError naming host and process of who has it.
     """
     path = os.path.join(os.path.realpath(directory), LOCK_FILE)
     if path in _held:
@@ -54,7 +54,7 @@ def lock_directory(directory: str | os.PathLike) -> None:
 
 
 def unlock_directory(directory: str | os.PathLike) -> None:
-    """Gives the directory up; nothing happens if this process does not have it. The file stays: it is the lock's place."""
+    """Gives the directory up; nothing happens if this process does not have it. The lock's file stays."""
     held = _held.pop(os.path.join(os.path.realpath(directory), LOCK_FILE), None)
     if held is not None:
         os.close(held[0])

@@ -49,12 +49,12 @@ def load_recipe(
     """Read one YAML file, or several that stack, into the dataclass `schema`.
 
     Keys of later files win: mappings are merged key by key, everything else (a list too) is replaced. `overrides` are
-    dotted assignments such as `"data.batch_size=32"` or `"models.0.sigma=30"`; their values are parsed as YAML, and they
-    win over the files. Fields may be `int`, `float`, `str`, `bool`, `Any`, `Literal`, `Optional`/unions, `list[...]`,
-    `dict[str, ...]` and nested dataclasses.
+    dotted assignments such as `"data.batch_size=32"` or `"models.0.sigma=30"`; their values are parsed as YAML, and
+    they win over the files. Fields may be `int`, `float`, `str`, `bool`, `Any`, `Literal`, `Optional`/unions,
+    `list[...]`, `dict[str, ...]` and nested dataclasses.
 
-    Raises FileNotFoundError when there is no such file, and ValueError naming the key, the value and what is expected for
-    everything else.
+    Raises FileNotFoundError when there is no such file, and ValueError naming the key, the value and what is expected
+    for everything else.
     """
     values: dict[str, Any] = {}
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:

@@ -18,12 +18,12 @@ from .optimization import Plan, soft_cross_entropy
 class AdversaryRecipe:
     """The `adversary` section of fine-tuning: which attack makes the images, what learns from them, and the losses.
 
-    - `attack: fgsm` is one step from a random start (Wong et al. 2020), `pgd` are `steps` of them (Madry et al. 2018), in
-      L-inf within `epsilon_255`, each `alpha_ratio * epsilon` long (None: 1 for fgsm, 2.5 / steps for pgd). The budget
-      grows linearly over the first `warmup_epochs`.
+    - `attack: fgsm` is one step from a random start (Wong et al. 2020), `pgd` are `steps` of them (Madry et al. 2018),
+      in L-inf within `epsilon_255`, each `alpha_ratio * epsilon` long (None: 1 for fgsm, 2.5 / steps for pgd). The
+      budget grows linearly over the first `warmup_epochs`.
     - `trains`: with `images: denoised`, which parts learn; the gradients pass through the other one.
-    - `targets: labels`, or `clean_answer`: what the classifier says of the clean image, for a frozen one (AToP, Lin et al.
-      2024, and the stability objective of Salman et al. 2020).
+    - `targets: labels`, or `clean_answer`: what the classifier says of the clean image, for a frozen one (AToP, Lin et
+      al. 2024, and the stability objective of Salman et al. 2020).
     - `reconstruction_weight` times the mean squared error between purified and clean image, both normalised, is added.
     """
 
@@ -45,7 +45,7 @@ class AdversaryRecipe:
         if self.reconstruction_weight and self.trains == "classifier":
             raise ValueError(
                 f"adversary.reconstruction_weight {self.reconstruction_weight} is for a purifier that learns; set "
-                f"adversary.trains to purifier or both"
+                "adversary.trains to purifier or both"
             )
         if self.targets == "clean_answer" and self.trains != "purifier":
             raise ValueError(
@@ -97,7 +97,7 @@ def adversarial_images(
 
 @contextmanager
 def as_attacked(model: nn.Module) -> Iterator[nn.Module]:
-    """`model` as an attacker meets it: in evaluation mode, and its weights without gradients, which would cost a third more.
+    """`model` as an attacker meets it: in evaluation mode, without gradients of weights, which cost a third more.
 
     Afterwards every module is in the mode and every weight as it was.
     """

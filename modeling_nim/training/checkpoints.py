@@ -1,8 +1,9 @@
 """Checkpoints that are complete or absent, named by the optimiser step, the newest few kept.
 
-A checkpoint is written under a temporary name, gets a manifest of its files with their hashes, and is renamed last. What
-cannot be read back (a full disk, a torn copy) is found by the manifest, and the checkpoint before it is used instead. The
-manifest also holds the settings that the numbers follow from, so that a run is not continued with others by mistake.
+A checkpoint is written under a temporary name, gets a manifest of its files with their hashes, and is renamed last.
+What cannot be read back (a full disk, a torn copy) is found by the manifest, and the checkpoint before it is used
+instead. The manifest also holds the settings that the numbers follow from, so that a run is not continued with others
+by mistake.
 """
 
 import hashlib
@@ -31,7 +32,7 @@ def checkpoint_path(folder: str, step: int) -> str:
 
 
 def list_checkpoints(folder: str) -> list[tuple[int, str]]:
-    """`(step, path)` of the checkpoints in `folder`, oldest first; unfinished ones have other names and do not count."""
+    """`(step, path)` of checkpoints in `folder`, oldest first; unfinished ones have other names and do not count."""
     if not os.path.isdir(folder):
         return []
     found = [(int(match[1]), match[0]) for name in os.listdir(folder) if (match := _NAME.match(name))]
@@ -49,9 +50,10 @@ def save_checkpoint(
 ) -> str:
     """Save everything Accelerate knows (weights, optimiser, random states) and the JSON-able `state` as one checkpoint.
 
-    Every process must call it. `settings` are what the run's numbers follow from (`settings.decisive_settings`), `average`
-    is the moving average of the weights, if there is one. Returns the checkpoint's path; older ones beyond the newest
-    `keep` are removed. Raises OSError naming the checkpoint in every process when one cannot write; older ones stay.
+    Every process must call it. `settings` are what the run's numbers follow from (`settings.decisive_settings`),
+    `average` is the moving average of the weights, if there is one. Returns the checkpoint's path; older ones beyond
+    the newest `keep` are removed. Raises OSError naming the checkpoint in every process when one cannot write; older
+    ones stay.
     """
     path = checkpoint_path(folder, step)
     temporary = f"{path}{INCOMPLETE}"
@@ -94,8 +96,8 @@ def load_newest_checkpoint(
     """Load the newest intact checkpoint into what was prepared; returns its step and state, or None without any.
 
     Every process must call it; one process looks for damage and all load what it found. Damaged checkpoints are skipped
-    with a warning that names the file. Raises ValueError naming what is not as it was when `settings` are not those of the
-    checkpoint, unless `on_changed_recipe` is "continue".
+    with a warning that names the file. Raises ValueError naming what is not as it was when `settings` are not those of
+    the checkpoint, unless `on_changed_recipe` is "continue".
     """
     found = on_main_process(accelerator, lambda: _newest_intact(folder))
     if found is None:
@@ -104,7 +106,7 @@ def load_newest_checkpoint(
     if on_changed_recipe == "raise" and (changes := _changes(manifest["settings"], settings)):
         raise ValueError(
             f"checkpoint {path!r} was made with another recipe: {changes}; restore it, name another output_dir, or set "
-            f"checkpoints.on_changed_recipe=continue to go on with the new one"
+            "checkpoints.on_changed_recipe=continue to go on with the new one"
         )
     accelerator.load_state(path)
     if average is not None:

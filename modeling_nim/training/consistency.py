@@ -13,8 +13,8 @@ from ..runs.bounds import Bounds, Count, check_fields
 class ConsistencyRecipe:
     """The `consistency` section of fine-tuning on denoised images: `num_draws` of each image at one sigma.
 
-    To the mean cross-entropy are added `weight` times the mean KL divergence of the draws from their mean prediction and
-    `entropy_weight` times the entropy of that prediction (Jeong & Shin 2020, with 10 to 20 and 0.5).
+    To the mean cross-entropy are added `weight` times the mean KL divergence of the draws from their mean prediction
+    and `entropy_weight` times the entropy of that prediction (Jeong & Shin 2020, with 10 to 20 and 0.5).
     `selection: right` is FT-CADIS's (Jeong et al. 2024): the cross-entropy of an image counts the draws that are right,
     or the one with the smallest loss where none is; its divergence counts where all are right.
     """

@@ -21,8 +21,8 @@ from .consistency import consistent_cross_entropy
 class FeatureLossRecipe:
     """The `feature_loss` section, for a purifier in front of a frozen classifier.
 
-    `weight` times the squared error of what the classifier's last linear layer gets, purified image against clean one, as a
-    share of the clean one's square (the stability of Salman et al. 2020, on features).
+    `weight` times the squared error of what the classifier's last linear layer gets, purified image against clean one,
+    as a share of the clean one's square (the stability of Salman et al. 2020, on features).
     """
 
     # of the squared error of the classifier's features, purified against clean
@@ -34,8 +34,8 @@ class FeatureLossRecipe:
 
 @dataclass
 class CleanImages:
-    """Images before the attack `(B, 3, H, W)`, what is to be learned of them `(B, num_labels)`, and, for the feature loss,
-    the classifier's features `(B, D)`."""
+    """Images before the attack `(B, 3, H, W)`, what is to be learned of them `(B, num_labels)`, and, for the feature
+    loss, the classifier's features `(B, D)`."""
 
     images_01: torch.Tensor
     targets: torch.Tensor
@@ -78,7 +78,7 @@ class Finetuning:
         return normalize(images_01, self.config.image_mean, self.config.image_std)
 
     def targets(self, labels: torch.Tensor) -> torch.Tensor:
-        """`(B, num_labels)` smoothed probabilities of the `labels` `(B,)`; zeros where the classifier will be asked instead."""
+        """`(B, num_labels)` smoothed probabilities of `labels` `(B,)`; zeros where the classifier is asked instead."""
         num_labels, smoothing = self.config.num_labels, self.recipe.label_smoothing
         if self.recipe.adversary.targets == "clean_answer":
             return torch.zeros(len(labels), num_labels, device=labels.device)
@@ -181,8 +181,8 @@ def find_head(classifier: nn.Module) -> nn.Linear:
     heads = [m for m in classifier.modules() if isinstance(m, nn.Linear) and m.out_features == num_labels]
     if not heads:
         raise ValueError(
-            f"feature_loss needs a linear layer with {num_labels} outputs in {type(classifier).__name__} and finds none; "
-            f"use adversary.targets=clean_answer alone"
+            f"feature_loss needs a linear layer with {num_labels} outputs in {type(classifier).__name__} and finds "
+            "none; use adversary.targets=clean_answer alone"
         )
     return heads[-1]
 

@@ -51,8 +51,8 @@ PURIFIERS = {
 }
 
 
-# On a CPU, one core, forward and backward: SDPA in bf16 takes 60 times as long as plain products at 17 tokens, 4 times at 65,
-# 1.6 times at 577, beyond which the memory for all pairs counts; in float32 2.3 times at 17 and the same at 65.
+# On a CPU, one core, forward and backward: SDPA in bf16 takes 60 times as long as plain products at 17 tokens, 4 times
+# at 65, 1.6 times at 577, beyond which the memory for all pairs counts; in float32 2.3 times at 17 and the same at 65.
 MAX_EAGER_TOKENS = {"bf16": 640, "no": 40}
 
 
@@ -93,7 +93,7 @@ def set_attention(
     mixed_precision: str,
     device: torch.device,
 ) -> str:
-    """Set the attention of the parts and return it in words: "auto" takes what is fastest for their size on this device.
+    """Set the attention of the parts and return it in words: "auto" is what is fastest for their size on this device.
 
     Where "auto" has nothing better, and with None, it is what transformers chose when the part was built. Parts without
     patches are left alone.
@@ -124,9 +124,9 @@ def enable_activation_checkpointing(model: PreTrainedModel) -> None:
 def load_classifier(path: str, class_names: list[str] | None, drop_path_rate: float) -> PreTrainedModel:
     """The classifier that starts from the model at `path`.
 
-    From a pre-trained model: encoder loaded, `fc_norm` and head fresh. From a classifier, or the one in a composed model:
-    all of it. Raises FileNotFoundError when there is no model, ValueError when it is not one of ours or its weights or
-    classes do not fit.
+    From a pre-trained model: encoder loaded, `fc_norm` and head fresh. From a classifier, or the one in a composed
+    model: all of it. Raises FileNotFoundError when there is no model, ValueError when it is not one of ours or its
+    weights or classes do not fit.
     """
     if not class_names:
         raise ValueError("the labels of this stream have no names; fine-tune without data.streaming, which counts them")
@@ -137,7 +137,7 @@ def load_classifier(path: str, class_names: list[str] | None, drop_path_rate: fl
     if model_type not in CLASSIFIERS:
         raise ValueError(
             f"{path!r} is a {model_type!r} model; fine-tuning starts from one of {', '.join(CLASSIFIERS)} "
-            f"(scripts/convert_checkpoint.py makes them from published MAE and SimMIM weights)"
+            "(scripts/convert_checkpoint.py makes them from published MAE and SimMIM weights)"
         )
     with naming_damaged_weights(path):
         model, info = CLASSIFIERS[model_type].from_pretrained(
@@ -151,7 +151,8 @@ def load_classifier(path: str, class_names: list[str] | None, drop_path_rate: fl
     missing = [key for key in info["missing_keys"] if not key.startswith(("fc_norm.", "classifier."))]
     if missing or info["unexpected_keys"]:
         raise ValueError(
-            f"the weights of {path!r} do not fit: missing {sorted(missing)}, left over {sorted(info['unexpected_keys'])}"
+            f"the weights of {path!r} do not fit: missing {sorted(missing)}, "
+            f"left over {sorted(info['unexpected_keys'])}"
         )
     return model
 
@@ -162,8 +163,8 @@ def _composed_classifier(
     """The classifier of the composed model at `path`, with another drop path."""
     if config.classifier_config.model_type not in CLASSIFIERS:
         raise ValueError(
-            f"the classifier of {path!r} is a {config.classifier_config.model_type!r} model, which is not fine-tuned here; "
-            f"name a composed model with one of {', '.join(CLASSIFIERS)}"
+            f"the classifier of {path!r} is a {config.classifier_config.model_type!r} model, which is not fine-tuned "
+            f"here; name a composed model with one of {', '.join(CLASSIFIERS)}"
         )
     if config.num_labels != num_classes:
         raise ValueError(
@@ -177,8 +178,8 @@ def _composed_classifier(
 def load_frozen_classifier(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """Any image classifier of transformers, or the one in a composed model: in evaluation mode, its weights frozen.
 
-    `trust_remote_code` runs the Python code that lies beside the weights. Raises ValueError when `path` is no classifier or
-    weights are missing.
+    `trust_remote_code` runs the Python code that lies beside the weights. Raises ValueError when `path` is no
+    classifier or weights are missing.
     """
     config = load_config(path, trust_remote_code)
     remote = trust_remote_code and AutoModelForImageClassification.__name__ in getattr(config, "auto_map", {})
@@ -196,7 +197,7 @@ def load_frozen_classifier(path: str, trust_remote_code: bool = False) -> PreTra
 
 
 def load_purifier(path: str, trainable: bool = False) -> PreTrainedModel:
-    """The purifier at `path`, which may be a composed model: frozen and in evaluation mode, unless it is `trainable`."""
+    """The purifier at `path`, which may be a composed model: frozen, in evaluation mode, unless it is `trainable`."""
     model_type = load_config(path).model_type
     with naming_damaged_weights(path):
         if model_type == NIMPurifiedConfig.model_type:
@@ -250,10 +251,10 @@ def require_rgb(config: PreTrainedConfig) -> None:
 def save_model_dir(
     accelerator: Accelerator, model: torch.nn.Module, output_dir: str, average: AveragedModel | None = None
 ) -> None:
-    """Write the prepared `model`, or the moving `average` of its weights, as a model directory with its image processor.
+    """Write the prepared `model`, or the moving `average` of its weights, as a directory with its image processor.
 
-    Every process must call it (sharded weights are gathered). The directory's files are complete or absent; files of the
-    same names are replaced, others in `output_dir` stay.
+    Every process must call it (sharded weights are gathered). The directory's files are complete or absent; files of
+    the same names are replaced, others in `output_dir` stay.
     """
     state_dict = None
     if not average:

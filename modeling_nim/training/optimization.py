@@ -29,11 +29,11 @@ class OptimizationRecipe:
     batch follows from the machines instead, and the learning rate with it (linear scaling rule, Goyal et al. 2017):
     `base_learning_rate` * global batch / `base_batch_size`.
 
-    Give the length as `epochs` or as `steps`, and the warm-up likewise. `schedule: cosine` falls to `min_learning_rate`;
-    `schedule: multistep` multiplies by `decay_factor` at each of `decay_epochs`.
+    Give the length as `epochs` or as `steps`, and the warm-up likewise. `schedule: cosine` falls to
+    `min_learning_rate`; `schedule: multistep` multiplies by `decay_factor` at each of `decay_epochs`.
 
-    `optimizer: muon` gives the matrices of the layers to Muon (Jordan et al. 2024), whose steps are scaled to the size of
-    AdamW's, and the rest to AdamW. On a small purifier it needed a third of the steps (`scripts/recipes/photos`).
+    `optimizer: muon` gives the matrices of the layers to Muon (Jordan et al. 2024), whose steps are scaled to the size
+    of AdamW's, and the rest to AdamW. On a small purifier it needed a third of the steps (`scripts/recipes/photos`).
     """
 
     batch_size: BatchSize  # images per step, over all processes and accumulated micro-batches
@@ -103,7 +103,7 @@ def make_plan(recipe: OptimizationRecipe, num_processes: int, num_images: int, w
     if num_images < global_batch_size:
         raise ValueError(
             f"one step takes {global_batch_size} images and the training split has {num_images}; lower "
-            f"optimization.batch_size"
+            "optimization.batch_size"
         )
     peak = recipe.base_learning_rate * global_batch_size / recipe.base_batch_size
     if warn and global_batch_size != recipe.batch_size:
@@ -122,8 +122,8 @@ def make_plan(recipe: OptimizationRecipe, num_processes: int, num_images: int, w
     warmup_steps = recipe.warmup_steps or round((recipe.warmup_epochs or 0) * steps_per_epoch)
     if warmup_steps >= num_steps:
         raise ValueError(
-            f"the warm-up takes {warmup_steps} of {num_steps} steps, so the learning rate would never be reached; lower "
-            f"optimization.{'warmup_steps' if recipe.warmup_steps else 'warmup_epochs'}"
+            f"the warm-up takes {warmup_steps} of {num_steps} steps, so the learning rate would never be reached; "
+            f"lower optimization.{'warmup_steps' if recipe.warmup_steps else 'warmup_epochs'}"
         )
     if recipe.min_learning_rate > peak:
         raise ValueError(
@@ -173,8 +173,9 @@ def parameter_settings(
 ) -> dict[str, tuple[float, float]]:
     """`{parameter name: (learning-rate scale, weight decay)}` for every parameter, frozen ones too.
 
-    Of L layers, layer l (from 0) learns at `layer_decay ** (L - l)`, the embeddings before it at `layer_decay ** (L + 1)`
-    and what comes after at 1 (Clark et al. 2020). Biases, norms and other vectors, tokens and positions have no decay.
+    Of L layers, layer l (from 0) learns at `layer_decay ** (L - l)`, the embeddings before it at `layer_decay ** (L +
+    1)` and what comes after at 1 (Clark et al. 2020). Biases, norms and other vectors, tokens and positions have no
+    decay.
     """
     layers = re.compile(r"^(?:classifier\.)?(?:vit|beit)\.layers\.(\d+)\.")
     numbers = [int(match[1]) for name, _ in model.named_parameters() if (match := layers.match(name))]
@@ -193,7 +194,7 @@ def parameter_settings(
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Two optimizers that step together: Muon for the groups marked `muon`, which hold matrices, AdamW for the others."""
+    """Two optimizers that step together: Muon for the groups marked `muon`, of matrices, AdamW for the others."""
 
     def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float]):
         super().__init__(groups, {"lr": 0.0})

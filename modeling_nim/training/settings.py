@@ -19,8 +19,8 @@ from ..runs.recipe import recipe_to_dict
 class ExecutionRecipe:
     """The `execution` section: precision and memory against speed; the machines themselves are `accelerate launch`'s.
 
-    `attn_implementation: auto` is eager for small models on a CPU, above all in bf16, and otherwise what null always is:
-    transformers' choice, SDPA. The run says what it uses.
+    `attn_implementation: auto` is eager for small models on a CPU, above all in bf16, and otherwise what null always
+    is: transformers' choice, SDPA. The run says what it uses.
     """
 
     mixed_precision: Literal["no", "bf16"] = "no"  # bf16 computes in bfloat16; weights stay in float32

@@ -2,14 +2,15 @@
 
     python scripts/bench/attack.py [--size tiny --image_size 32 --num_images 8] [--output outputs/bench/attack.json]
 
-Without options: ViT-B/16 at 224 where there is a GPU; on a CPU the architecture of the digits' recipe. Both sides attack
-the same purified model on the same images with as many steps, and take turns within each round. torchattacks gets the model
-as its users wire it (a module from [0, 1] images to logits), and, for the record, also with frozen weights. The 20 passes
-go through that module with the noise draws of the batched gradient, and the two gradients are compared; for the record,
-also through the target of our attacks, which projects patches by a matrix product.
+Without options: ViT-B/16 at 224 where there is a GPU; on a CPU the architecture of the digits' recipe. Both sides
+attack the same purified model on the same images with as many steps, and take turns within each round. torchattacks
+gets the model as its users wire it (a module from [0, 1] images to logits), and, for the record, also with frozen
+weights. The 20 passes go through that module with the noise draws of the batched gradient, and the two gradients are
+compared; for the record, also through the target of our attacks, which projects patches by a matrix product.
 
-Drawing 20 noises for each image in one pass helps where the batch alone does not fill the machine. On one CPU core that ends
-soon: with 8 images it is about twice as fast, with 64 about 1.2 times. So every number is printed with its batch.
+Drawing 20 noises for each image in one pass helps where the batch alone does not fill the machine. On one CPU core that
+ends soon: with 8 images it is about twice as fast, with 64 about 1.2 times. So every number is printed with its
+batch.
 """
 
 import argparse

@@ -1,11 +1,11 @@
 """Measure NIM-MAE pre-training: speed, FLOPs, share of the matrix peak, memory, and against an eager float32 loop.
 
-    python scripts/bench/pretrain.py [--size base --image_size 224 --batch_size 256] [--output outputs/bench/pretrain.json]
+    python scripts/bench/pretrain.py [--size base --image_size 224 --batch_size 256] [--output bench/pretrain.json]
 
-Without options: ViT-B/16 at 224 in bf16, compiled, where there is a GPU; "tiny" at 64 pixels in float32 on a CPU. `ours` is
-a full step as run_pretrain.py takes it: uint8 batch, draws, normalisation, forward, backward, fused AdamW, under Accelerate.
-`bare` is the model's forward and backward alone, in the same precision; `eager_float32` a plain loop in float32 without
-compilation, with an unfused optimiser.
+Without options: ViT-B/16 at 224 in bf16, compiled, where there is a GPU; "tiny" at 64 pixels in float32 on a CPU.
+`ours` is a full step as run_pretrain.py takes it: uint8 batch, draws, normalisation, forward, backward, fused AdamW,
+under Accelerate. `bare` is the model's forward and backward alone, in the same precision; `eager_float32` a plain loop
+in float32 without compilation, with an unfused optimiser.
 """
 
 import argparse
@@ -167,7 +167,7 @@ def main() -> None:
 
 
 def flops_arithmetic(config) -> dict[str, float | str]:
-    """Forward FLOPs per image by hand, to check the counter against: 2 per multiply-add, layers of T tokens of width D."""
+    """Forward FLOPs per image by hand, to check the counter: 2 per multiply-add, layers of T tokens of width D."""
     patches = (config.image_size // config.patch_size) ** 2
     tokens, pixels = patches + 1, 3 * config.patch_size**2
 

@@ -1,4 +1,4 @@
-"""Measure what the defence costs: latency of the purified classifier over the bare one, beside the ratio of their FLOPs.
+"""Measure what the defense costs: latency of the purified classifier over the bare one, and the ratio of FLOPs.
 
     python scripts/bench/purify.py [--size base --image_size 224 --batch_size 64] [--output outputs/bench/purify.json]
     python scripts/bench/purify.py --model model_cards/nim-digits --num_votes 8 --runtimes eager

@@ -1,4 +1,4 @@
-"""Measure what an import costs: this package beside transformers' ViTMAE classes, which it builds on, in fresh processes.
+"""Measure what an import costs: this package beside transformers' ViTMAE classes, its base, in fresh processes.
 
 python scripts/bench/startup.py [--rounds 9] [--output outputs/bench/startup.json]
 """
@@ -52,8 +52,8 @@ def main() -> None:
     }
     write_json(arguments.output, result | {"ratio": ratio} | machine(torch.device("cpu")))
     print(
-        f"import modeling_nim takes {medians['modeling_nim']:.2f} s of CPU time, {ratio:.2f} times transformers' ViTMAE "
-        f"classes ({medians['vit_mae']:.2f} s): {arguments.output}"
+        f"import modeling_nim takes {medians['modeling_nim']:.2f} s of CPU time, {ratio:.2f} times transformers' "
+        f"ViTMAE classes ({medians['vit_mae']:.2f} s): {arguments.output}"
     )
 
 

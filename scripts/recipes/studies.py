@@ -1,7 +1,7 @@
 """The paper's tables as data: what makes each row, and the paper's numbers (accuracy in percent, ImageNet).
 
-`imagenet()` are the paper's own tables. `cifar10(full)` has the same rows over a choice of sigma distributions, and tables
-of what the paper does not try; `full` is the size for a GPU, whose recipes are stacked on the small ones.
+`imagenet()` are the paper's own tables. `cifar10(full)` has the same rows over a choice of sigma distributions, and
+tables of what the paper does not try; `full` is the size for a GPU, whose recipes are stacked on the small ones.
 """
 
 import re

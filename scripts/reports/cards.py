@@ -10,10 +10,10 @@ A `card.yaml` says where the facts are, and nothing else; paths are relative to 
     title: NIM-MAE on handwritten digits
     data: {name: scikit-learn digits, id: null, split: test}     # id: of the data set on the Hub, if it is there
     recipes: {Pre-training: scripts/recipes/digits/pretrain_nim_mae.yaml, Attack: scripts/recipes/digits/attack.yaml}
-                                                                 # each with its overrides behind it, as on the command line
+                                                                 # each with its overrides behind it
     summaries: [results/digits/summary.json]                     # of run_attack.py
     model: purified                                              # what the summaries call this model
-    sigma: 75                                                    # optional: which of its sigmas, where there are several
+    sigma: 75                                                    # optional: which of its sigmas, if several
     certificates: [results/digits/certified.json]                # optional: of run_certify.py
     paper_systems: [NIM-MAE]                                     # optional: rows of Table 1, shown as the paper's
 
@@ -165,7 +165,7 @@ def facts_of_directory(
 ) -> CardFacts:
     """What a card.yaml would say of a model directory: the recipes saved beside it, and a summary of run_attack.py.
 
-    `model` may be left out where the summary's rows say by themselves which one is meant: one model, or a hash that fits.
+    `model` may be left out where the summary's rows tell it: they are of one model, or a hash fits.
     """
     recipes = {}
     for folder in (directory, directory.parent):  # a composed model lies inside the classifier's directory

@@ -6,8 +6,9 @@
 
 `scripts/recipes/studies.py` says what makes each row. With --makefile the commands come as rules for `make`, which runs
 what does not depend on one another at the same time, leaves out what is there already, and collects the results; a step
-that was broken off resumes. `results/DATASET/RESULT.json` are the summaries of what was run, `records/RESULT.jsonl.gz` beside
-them the records, a line per image, that they were made of. The paper's numbers are ImageNet's, whatever ours are of.
+that was broken off resumes. `results/DATASET/RESULT.json` are the summaries of what was run, `records/RESULT.jsonl.gz`
+beside them the records, a line per image, that they were made of. The paper's numbers are ImageNet's, whatever ours are
+of.
 """
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Large data: a folder is listed once, a table is copied where there is room, a damaged shard does not shrink in silence."""
+"""Large data: a folder is listed once, a table is copied where there is room, a damaged shard is reported."""
 
 import io
 import os

@@ -181,7 +181,7 @@ def test_sizes_have_the_known_numbers_of_parameters(size, expected):
 
 
 TABLES = {"vit.embeddings.position_embeddings", "decoder.decoder_pos_embed"}
-FROZEN = {  # what is not trained, fresh and loaded: MAE fine-tunes its table of positions and pre-trains with fixed ones
+FROZEN = {  # what is not trained, fresh and loaded: MAE fine-tunes its table of positions; pre-training keeps it fixed
     "encoder": {"embeddings.position_embeddings"},
     "noise": TABLES | {"decoder.mask_token"},
     "mask": TABLES,

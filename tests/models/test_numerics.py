@@ -1,4 +1,4 @@
-"""Numbers that must not depend on how they are computed: gradients, attention kernels, precision, compilation, batch size."""
+"""Numbers that must not depend on how they are computed: gradients, kernels, precision, compilation, batch size."""
 
 import json
 
@@ -233,7 +233,7 @@ def test_the_same_generator_state_purifies_alike_at_batch_size_1_and_8(name):
 
 @pytest.mark.parametrize(("statistics", "alone"), [("noisy", True), ("input", False)])
 def test_noisy_statistics_make_purify_a_function_of_the_noisy_image(statistics, alone, pixel_values):
-    """Two inputs that differ by the noise: the same noisy image must give the same output, and one input must not show."""
+    """Two inputs whose noisy image is the same: the output must be the same, whichever input it came from."""
     model = nim_mae(patch_statistics=statistics)
     std = torch.tensor(model.config.image_std).view(1, 3, 1, 1)
     epsilon = torch.randn_like(pixel_values)
@@ -377,7 +377,7 @@ def test_loading_at_another_image_size_interpolates_both_position_tables_in_two_
 
 
 def test_trained_positions_survive_inside_the_purified_model(tmp_path):
-    """Tables that are not the formula's: a part must be loaded as it was saved, whatever the whole's configuration says."""
+    """Tables that are not the formula's: a part is loaded as it was saved, whatever the whole's configuration says."""
     purifier, classifier = nim_mae(image_size=32, patch_size=8), CLASSIFIERS["mae"]()
     for table in (
         purifier.vit.embeddings.position_embeddings,

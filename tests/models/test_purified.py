@@ -282,7 +282,7 @@ IMAGE = Image.fromarray((torch.rand(50, 70, 3) * 255).byte().numpy())
     ids=["squeezed", "cropped", "not rescaled", "to 2 and not normalized", "shortest edge", "with an offset"],
 )
 def test_the_defence_sees_what_the_classifier_s_own_processor_shows(processor, size, purifier, tmp_path):
-    """A defense whose purifier changes nothing: its processor and the step between the parts give the classifier's input."""
+    """Behind a purifier that changes nothing: processor and the step between the parts give the classifier's input."""
     resnet = ResNetForImageClassification(
         ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=2)
     )

@@ -93,8 +93,8 @@ def test_records_summary_and_figures(recipe, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "per 1,000 images" in printed.split("threat model")[0]  # the cost comes before the table
     records = [json.loads(line) for line in (tmp_path / "out/records.jsonl").read_text().splitlines()]
-    # per seed: original: control, pgd, square; each sigma: control, two pgd, square; torchattacks at sigma 60 alone, and
-    # on the original
+    # per seed: original: control, pgd, square; each sigma: control, two pgd, square; torchattacks at sigma 60 alone,
+    # and on the original
     assert len(records) == 2 * ((10 + 10 + 4 + 10) + (10 + 10 + 10 + 4) + (10 + 10 + 10 + 4 + 10))
     rows = {(r["model"], r["sigma"], r["name"], r["threat_model"]): r for r in summary["rows"]}
     assert len(rows) == len(summary["rows"]) == 4 + 4 + 5

@@ -328,7 +328,7 @@ def test_apgd_and_square_leave_what_those_of_torchattacks_leave():
     for pair in pairs:
         ours, peer = (accuracy(attack_and_score(target, recipe, x, labels, 4)[0]) for recipe in pair)
         assert 0.1 < ours < 0.9  # an attack that did nothing would agree, too
-        # 0.08: 95% of the differences of 300 independent images. torchattacks' squares leave out the last row and column
+        # 0.08: 95% of the differences of 300 independent images. torchattacks' squares omit the last row and column
         assert abs(ours - peer) < 0.08, f"{pair[0].label}: {ours}, torchattacks {peer}"
 
 

@@ -39,7 +39,8 @@ def load(tmp_path, text, *overrides):
 def test_values_defaults_and_overrides(tmp_path):
     recipe = load(
         tmp_path,
-        'seed: 1\nsection: {learning_rate: 1e-4}\nparts: [{name: x}, {name: y, sigma: "uniform(0, 30)"}]\nmodel: {depth: 2}\n',
+        'seed: 1\nsection: {learning_rate: 1e-4}\nparts: [{name: x}, {name: y, sigma: "uniform(0, 30)"}]\n'
+        "model: {depth: 2}\n",
         "section.steps=20",
         "parts.0.sigma=75",
         "path=out",

@@ -1,4 +1,4 @@
-"""Adversarial fine-tuning: who attacks whom with which draws, what learns, and that a run is the same however it runs."""
+"""Adversarial fine-tuning: who attacks whom with which draws, what learns, and that runs repeat exactly."""
 
 import importlib.util
 import random

@@ -223,7 +223,7 @@ def test_launch_configurations_are_understood_by_accelerate(name, machines, proc
 
 
 def trained_with_muon(steps: int, resume_at: int | None = None) -> list[torch.Tensor]:
-    """The weights after some steps on the same images; at `resume_at` a fresh optimizer goes on from the saved state."""
+    """The weights after steps on the same images; at `resume_at` a fresh optimizer goes on from the saved state."""
     torch.manual_seed(0)
     model = NIMForPreTraining(NIMConfig(**TINY, **TINY_DECODER))
     recipe = OptimizationRecipe(batch_size=4, base_learning_rate=1e-2, steps=steps, optimizer="muon")

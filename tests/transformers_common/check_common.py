@@ -1,7 +1,7 @@
 """transformers' own common tests on every configuration and model class: `make test-transformers`.
 
-Not collected by plain pytest, since the source distribution of transformers has to be downloaded. `SKIPPED` says what is left
-out, each with its reason; everything else that skips is skipped by transformers itself.
+Not collected by plain pytest, since the source distribution of transformers has to be downloaded. `SKIPPED` says what
+is left out, each with its reason; everything else that skips is skipped by transformers itself.
 """
 
 import copy
@@ -32,7 +32,7 @@ configuration = source.load("test_configuration_common")
 
 
 def zero_init(config):
-    """transformers' function takes every field with "_std" in its name for a scale of initial weights, also `image_std`."""
+    """transformers' function takes every field with "_std" in its name, also `image_std`, for a scale of weights."""
     config = copy.deepcopy(config)
     scales = [name for name in vars(config) if name in ("initializer_range", "layer_scale_init_value")]
     for name in scales:

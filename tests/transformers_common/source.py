@@ -24,7 +24,8 @@ STUBS = {
     "generation/__init__.py": "",
     "generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",
     "utils/__init__.py": "",
-    "utils/test_configuration_utils.py": "config_common_kwargs = {'return_dict': False, 'output_hidden_states': True}\n",
+    "utils/test_configuration_utils.py": "config_common_kwargs = "
+    "{'return_dict': False, 'output_hidden_states': True}\n",
 }
 
 
@@ -52,7 +53,7 @@ def load(name: str) -> ModuleType:
 
 
 def _unpack(archive: Path, package: Path) -> None:
-    """The files of the distribution's `tests` folder, and the stubs; `__init__.py` last, as the mark of completeness."""
+    """The files of the distribution's `tests` folder, and the stubs; `__init__.py` last, which marks completeness."""
     package.mkdir(exist_ok=True)
     with tarfile.open(archive) as tar:
         for member in tar.getmembers():
