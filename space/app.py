@@ -26,7 +26,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import resources
+from importlib import import_module, resources
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ import gradio as gr
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 from transformers import AutoImageProcessor, AutoModelForImageClassification, AutoModelForPreTraining
 
 
@@ -212,6 +212,9 @@ class Models:
         if choice.hardened is not None:
             title = "Hardened: a defence that has met attacks in its training"
             self.rows["hardened"] = Defended.from_pretrained(choice.hardened, title)
+        # the package's reading of image files, which stands beside the model's own code
+        package = type(self.defended.model).__module__.rpartition(".")[0]
+        self.rgb_image = import_module(f"{package}.image_processing").rgb_image
         config = self.defended.model.config
         self.class_names = [str(config.id2label[index]) for index in range(config.num_labels)]
         self.sigma_255 = float(config.sigma) if str(config.sigma).replace(".", "", 1).isdigit() else 30.0
@@ -413,13 +416,15 @@ def bars_html(class_names: Sequence[str], before: Sequence[float], after: Sequen
     return f'{key}<div class="nim-bars">{"".join(rows)}</div>'
 
 
-def read_upload(path: str) -> Image.Image:
-    """The uploaded file as an image; a message on the page where it is none."""
+def read_image(path: str, models: Models) -> Image.Image:
+    """The file as the models' pipeline reads it; a message on the page where it is no image, or one without meaning."""
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError):
+            return models.rgb_image(image)
+    except UnidentifiedImageError:
         raise gr.Error(f"{Path(path).name} is no image that can be read. Upload a PNG or JPEG file.") from None
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise gr.Error(f"{Path(path).name} cannot be read: {error}") from None
 
 
 def examples_for(class_names: Sequence[str], examples: Sequence[Path]) -> list[Path]:
@@ -457,12 +462,16 @@ def build(page: Page, examples: Sequence[Path]) -> gr.Blocks:
         )
 
         def pick(model: str, event: gr.SelectData) -> Image.Image:
-            return read_upload(str(examples_for(page.models(model).class_names, examples)[event.index]))
+            models = page.models(model)
+            return read_image(str(examples_for(models.class_names, examples)[event.index]), models)
+
+        def upload(path: str, model: str) -> Image.Image:
+            return read_image(path, page.models(model))
 
         def choose(model: str) -> list:
             models = page.models(model)
             own = examples_for(models.class_names, examples)
-            image = read_upload(str(own[0]))
+            image = read_image(str(own[0]), models)
             changes = [
                 gr.update(value=[str(path) for path in own], selected_index=None),
                 image,
@@ -480,7 +489,8 @@ def build(page: Page, examples: Sequence[Path]) -> gr.Blocks:
         for row in rows:
             changed += [row["column"], row["title"]]
         inputs["gallery"].select(pick, inputs["model"], inputs["chosen"], show_progress="hidden")
-        inputs["upload"].upload(read_upload, inputs["upload"], inputs["chosen"], show_progress="hidden")
+        uploaded = [inputs["upload"], inputs["model"]]
+        inputs["upload"].upload(upload, uploaded, inputs["chosen"], show_progress="hidden")
         inputs["button"].click(*run, api_name="attack")
         run_first = (page.run_first, *run[1:])
         inputs["model"].change(choose, inputs["model"], changed, show_progress="hidden").success(
@@ -494,7 +504,7 @@ def _build_inputs(page: Page, first: str, examples: Sequence[Path]) -> dict[str,
     """The left column."""
     models = page.models(first)
     own = examples_for(models.class_names, examples)
-    image = read_upload(str(own[0]))
+    image = read_image(str(own[0]), models)
     found = {
         "model": gr.Dropdown(
             list(page.choices), value=first, label="Model", elem_id="model", visible=len(page.choices) > 1

@@ -222,7 +222,7 @@ def test_every_released_model_is_offered_with_examples_of_its_own_data(app):
         kind = "digit" if "digits" in name else "cifar10" if "cifar10" in name else "photo"
         assert {path.name.split("-")[0] for path in own} == {kind} and len(own) >= 5
         assert app.kind_of(own) in app.CREDITS
-        image = app.read_upload(str(own[0]))
+        image = app.read_image(str(own[0]), models)
         about = models.about(image)
         assert "On anything else its answer means nothing." in about
         assert models.class_names[0] in about and models.defended.in_tiles == (kind == "photo")
@@ -252,7 +252,22 @@ def test_missing_input_gets_a_message(app, page, tmp_path, digit):
         page.run("purified", digit, 8, 30, 1, None)
     (tmp_path / "notes.png").write_text("no image")
     with pytest.raises(gr.Error, match="notes.png is no image"):
-        app.read_upload(str(tmp_path / "notes.png"))
+        app.read_image(str(tmp_path / "notes.png"), page.models("purified"))
+
+
+def test_an_upload_is_read_as_the_loader_and_the_pipeline_read_it(app, page, tmp_path):
+    ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32)
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "ramp.png")
+    Image.fromarray((ramp / 65535).astype(np.float32)).save(tmp_path / "ramp.tiff")
+    Image.fromarray(np.full((32, 32), np.nan, np.float32)).save(tmp_path / "nan.tiff")
+    Image.new("RGB", (4, 40)).save(tmp_path / "stripe.png")
+    for name in ("purified", "nim-cifar10"):  # the package's own code, and the code beside released weights
+        models = page.models(name)
+        for file in ("ramp.png", "ramp.tiff"):
+            assert np.abs(levels(app.read_image(str(tmp_path / file), models))[..., 0] - ramp / 257).max() <= 0.51
+        for file, why in (("nan.tiff", "NaN"), ("stripe.png", "4x40 pixels")):
+            with pytest.raises(gr.Error, match=f"{file} cannot be read: .*{why}"):
+                app.read_image(str(tmp_path / file), models)
 
 
 def test_a_missing_model_is_one_line(app, monkeypatch, capsys, tmp_path):
@@ -307,7 +322,10 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def url(app, page):
+def url(app, model_dirs):
+    """A page of two models, the first with a hardened one beside it."""
+    hardened = str(RELEASED / "nim-digits-hardened")
+    page = app.Page([app.Choice(*model_dirs, hardened), app.Choice(str(RELEASED / "nim-cifar10"))])
     blocks = app.build(page, sorted((SPACE / "examples").glob("*.png")))
     _, url, _ = blocks.launch(
         prevent_thread_lock=True,
@@ -331,7 +349,7 @@ def wait_for(condition, what, seconds=60):
 
 
 PICTURES = ["undefended-clean", "undefended-attacked"] + [
-    f"defended-{picture}" for picture in ("clean", "attacked", "noisy", "purified")
+    f"{row}-{picture}" for row in ("defended", "hardened") for picture in ("clean", "attacked", "noisy", "purified")
 ]
 
 
@@ -355,7 +373,7 @@ def test_in_a_browser_pictures_change_and_a_wrong_file_gets_a_message(browser, u
         return browser.execute_script(script, selector)
 
     browser.get(url)
-    first = wait_for(sources, "six pictures of the example that is chosen when the page opens")
+    first = wait_for(sources, "ten pictures of the example that is chosen when the page opens")
     assert loaded("#chosen img")
     wait_for(lambda: len(find("#examples button img")) == 10, "the examples")
     thumbnail = find("#examples button")[3]
@@ -369,11 +387,12 @@ def test_in_a_browser_pictures_change_and_a_wrong_file_gets_a_message(browser, u
     verdict = wait_for(lambda: find("#defended-verdict")[0].text, "the verdict")
     first = sources()  # all of them are there when the verdict is
     assert "digit" in verdict and "eps 8/255" in verdict and "Of 20 fresh draws" in verdict
-    assert len(find("#defended-bars .pair")) == len(find("#undefended-bars .pair")) == 10
+    for row in ("undefended", "defended", "hardened"):
+        assert len(find(f"#{row}-bars .pair")) == 10
+    assert "Of 20 fresh draws" in find("#hardened-verdict")[0].text
     assert all("→" in bar.text and "%" in bar.text for bar in find("#defended-bars .percent"))
     assert "does not prove" in find("#caveat")[0].text
     assert "knows 10 classes" in find("#about")[0].text
-    assert not find("#hardened") or not find("#hardened")[0].is_displayed()
 
     epsilon = find("#epsilon input[type=number]")[0]
     epsilon.send_keys(Keys.CONTROL, "a")
@@ -386,7 +405,7 @@ def test_in_a_browser_pictures_change_and_a_wrong_file_gets_a_message(browser, u
     wait_for(lambda: sources()["defended-attacked"] != first["defended-attacked"], "the attacked image")
     second = sources()
     changed = {name for name in PICTURES if first[name] != second[name]}
-    assert changed == set(PICTURES) - {"undefended-clean", "defended-clean"}
+    assert changed == {name for name in PICTURES if not name.endswith("-clean")}
 
     (tmp_path / "notes.png").write_text("no image")
     upload = find("input[data-testid$='upload-button']")[0]
@@ -409,6 +428,7 @@ def test_in_a_browser_pictures_change_and_a_wrong_file_gets_a_message(browser, u
     wait_for(lambda: "CIFAR-10" in find("#about")[0].text, "what the other model was trained on")
     wait_for(lambda: "eps 4/255" in find("#defended-verdict")[0].text, "the attack on its first example")
     assert any(name in find("#defended-bars")[0].text for name in ("airplane", "truck"))
+    assert not find("#hardened") or not find("#hardened")[0].is_displayed()  # it has none beside it
     errors = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert not errors, errors
 
