@@ -11,7 +11,7 @@ import reference
 from modeling_nim.robustness.certification import certified_rows
 from modeling_nim.robustness.records import Certificate, Record, Row
 from modeling_nim.robustness.statistics import accuracy_interval
-from reports import paper_tables
+from reports import collect, paper_tables
 
 
 RESULTS = reference.GOLDEN.parents[2] / "results" / "cifar10"
@@ -35,6 +35,14 @@ def test_a_result_is_made_of_the_records_beside_it(file):
     result, content = read(file)
     assert hashlib.sha256(content).hexdigest() == result["provenance"]["records_sha256"]
     records = [json.loads(line) for line in content.splitlines()]
+    if file.stem == "training":
+        seconds = defaultdict(list)
+        for record in records:  # a line is written every 10 steps of 64 images
+            assert record["batch_size"] == 64 and record["step"] == 10 * (len(seconds[record["run"]]) + 1)
+            seconds[record["run"]].append(640 / record["images_per_s"])
+        found = {row["run"]: (row["steps"], row["seconds"]) for row in result["rows"]}
+        assert found == {run: (10 * len(parts), pytest.approx(sum(parts), abs=0.051)) for run, parts in seconds.items()}
+        return
     if file.stem == "certified":
         assert (
             certified_rows(
@@ -74,3 +82,26 @@ def test_all_results_are_of_test_images_and_no_two_of_other_weights_under_one_na
                     paths = (recipe["path"], recipe["purifier"], recipe["classifier"])
                     value = model["hash"] if isinstance(model, dict) else model
                     assert hashes.setdefault(paths, value) == value
+
+
+def test_the_logs_of_trainings_become_a_result_with_its_records(tmp_path):
+    for name, rates in (("first", [320.0, 640.0]), ("second", [64.0])):
+        run = tmp_path / name
+        run.mkdir()
+        (run / "recipe.yaml").write_text("optimization: {batch_size: 32}")
+        lines = [{"step": 20 * (number + 1), "images_per_s": rate} for number, rate in enumerate(rates)]
+        lines.insert(1, {"step": 20, "validation_accuracy": 50.0})
+        (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = tmp_path / "results" / "training.json"
+    collect.main([str(tmp_path / "first"), str(tmp_path / "second"), str(result)])
+    rows, content = (
+        json.loads(result.read_text()),
+        gzip.decompress((result.parent / "records/training.jsonl.gz").read_bytes()),
+    )
+    assert [(row["run"], row["steps"], row["seconds"]) for row in rows["rows"]] == [
+        (str(tmp_path / "first"), 40, 3.0),  # 640 images at 320 a second, then 640 at 640
+        (str(tmp_path / "second"), 20, 10.0),
+    ]
+    assert hashlib.sha256(content).hexdigest() == rows["provenance"]["records_sha256"]
+    with pytest.raises(ValueError, match="2 runs make one result where they are trainings"):
+        collect.main([str(tmp_path / "first"), str(tmp_path), str(result)])
