@@ -4,17 +4,29 @@ import base64
 import binascii
 import io
 import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from types import GeneratorType
 from typing import Any
 
 import httpx
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from torch.utils.data import Dataset
 from transformers.image_transforms import to_pil_image
 from transformers.pipelines import PIPELINE_REGISTRY, ImageClassificationPipeline
 
 from .image_processing import rgb_image
 from .noise_nim import denormalize, parse_sigma
+
+
+@dataclass(frozen=True)
+class _ImageWithSigma:
+    """One input of the pipeline where every image has a sigma of its own."""
+
+    image: Any
+    sigma_255: float
 
 
 class NIMImageClassificationPipeline(ImageClassificationPipeline):
@@ -25,7 +37,8 @@ class NIMImageClassificationPipeline(ImageClassificationPipeline):
     datasets, `batch_size`), same results.
 
     Arguments for [`NIMPurifiedImageClassification`], in the call or once for all in `pipeline(...)`:
-        sigma: scale of the defence's noise on 0..255, or a specification as `"uniform(0, 30)"`. The model's if None.
+        sigma: scale of the defense's noise on 0..255, or a specification as `"uniform(0, 30)"`. The model's if None.
+            In a call with several images also a list of numbers, one for each image.
         num_votes: noise draws whose class probabilities are averaged. The model's if None.
         seed: a whole number that fixes the noise. EVERY image gets the noise of this seed, so its answer depends
             neither on its place in a list nor on the batch size, and the global random state is neither read nor
@@ -47,15 +60,28 @@ class NIMImageClassificationPipeline(ImageClassificationPipeline):
     ```
     """
 
-    def _sanitize_parameters(self, sigma=None, num_votes=None, seed=None, return_purified=None, **kwargs):
-        preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
-        given = {"sigma": sigma, "num_votes": num_votes, "seed": seed, "return_purified": return_purified}
-        given = {name: value for name, value in given.items() if value is not None}
+    def __call__(self, inputs=None, sigma=None, **kwargs):
+        if isinstance(sigma, (list, tuple)) or (isinstance(sigma, (np.ndarray, torch.Tensor)) and sigma.ndim > 0):
+            self._require_purifier(["sigma"])
+            inputs = _with_sigma(kwargs.pop("images", inputs), [_fixed_sigma(value) for value in sigma])
+        elif sigma is not None:
+            kwargs["sigma"] = sigma
+        return super().__call__(inputs, **kwargs)
+
+    def _require_purifier(self, given: Sequence[str]) -> None:
         if given and not hasattr(self.model, "purify"):
             raise ValueError(
                 f"{type(self.model).__name__} has no purifier, so {', '.join(given)} has no meaning for it: put one in "
                 "front with NIMPurifiedImageClassification.from_parts, or leave the argument out"
             )
+
+    def _sanitize_parameters(self, sigma=None, num_votes=None, seed=None, return_purified=None, **kwargs):
+        preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
+        given = {"sigma": sigma, "num_votes": num_votes, "seed": seed, "return_purified": return_purified}
+        given = {name: value for name, value in given.items() if value is not None}
+        self._require_purifier(list(given))
+        if isinstance(sigma, (list, tuple)):
+            raise ValueError(f"sigma {sigma!r} is a list, one number per image: pass it in the call, with its images")
         if sigma is not None:
             parse_sigma(sigma)  # here, before any image is loaded
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
@@ -81,6 +107,10 @@ class NIMImageClassificationPipeline(ImageClassificationPipeline):
     def preprocess(self, image, timeout=None, keep_image=False):
         if not self.model.config.model_type.startswith("nim"):
             return super().preprocess(image, timeout=timeout)
+        own_sigma = {}
+        if isinstance(image, _ImageWithSigma):
+            own_sigma = {"own_sigma_255": [image.sigma_255]}
+            image = image.image
         try:
             image = rgb_image(_opened_image(image, timeout))  # as training and evaluation see it
         except ValueError as error:
@@ -89,10 +119,14 @@ class NIMImageClassificationPipeline(ImageClassificationPipeline):
         model_inputs = super().preprocess(image)
         if keep_image:
             model_inputs["input_image"] = [image]
+        model_inputs.update(own_sigma)
         return model_inputs
 
     def _forward(self, model_inputs, seed=None, return_purified=False, **purifier_arguments):
         input_images = model_inputs.pop("input_image", None)
+        own_sigma_255 = model_inputs.pop("own_sigma_255", None)
+        if own_sigma_255 is not None:  # of one image, or in a batch a list of such lists
+            purifier_arguments["sigma"] = torch.tensor(own_sigma_255, device=self.device).flatten()  # (B,)
         if seed is not None:
             seeded = [torch.Generator().manual_seed(seed) for _ in model_inputs["pixel_values"]]
             purifier_arguments["generator"] = seeded
@@ -115,6 +149,44 @@ class NIMImageClassificationPipeline(ImageClassificationPipeline):
         left, top, right, bottom = _seen_box(shown.size, self.image_processor)
         shown.paste(seen.resize((right - left, bottom - top), Image.Resampling.BICUBIC), (left, top))
         return {"labels": labels, "purified": shown}
+
+
+def _fixed_sigma(value: Any) -> float:
+    """One image's sigma on 0..255; ValueError for a distribution, which would be drawn and not given."""
+    number = value.item() if isinstance(value, (np.ndarray, np.generic, torch.Tensor)) else value
+    spec = parse_sigma(number)
+    if spec.kind != "fixed":
+        raise ValueError(f"sigma of an image must be a number on 0..255, got {value!r}: pass that for all images alike")
+    return float(spec.a)
+
+
+def _with_sigma(inputs: Any, sigmas_255: list[float]) -> list[_ImageWithSigma] | Iterator[_ImageWithSigma]:
+    """Images and their sigmas in pairs, listed or lazy as the images are.
+
+    Raises:
+        ValueError: the images are not as many as the sigmas (a stream raises it at its end), or are a single one.
+    """
+    if not isinstance(inputs, (list, Dataset, GeneratorType)):
+        raise ValueError(
+            f"sigma holds {len(sigmas_255)} numbers, one per image: pass the images as a list, or one sigma"
+        )
+    if hasattr(inputs, "__len__"):
+        _check_counts(len(inputs), len(sigmas_255))
+    return list(_pairs(inputs, sigmas_255)) if isinstance(inputs, list) else _pairs(inputs, sigmas_255)
+
+
+def _pairs(images: Iterable[Any], sigmas_255: list[float]) -> Iterator[_ImageWithSigma]:
+    count = 0
+    for count, image in enumerate(images, start=1):
+        if count > len(sigmas_255):
+            break
+        yield _ImageWithSigma(image, sigmas_255[count - 1])
+    _check_counts(count, len(sigmas_255))
+
+
+def _check_counts(num_images: int, num_sigmas: int) -> None:
+    if num_images != num_sigmas:
+        raise ValueError(f"sigma holds {num_sigmas} numbers for {num_images} images: pass one per image")
 
 
 def _opened_image(source: Any, timeout: float | None) -> Image.Image:

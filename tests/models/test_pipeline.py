@@ -5,6 +5,7 @@ import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, pipeline
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from transformers.pipelines import ImageClassificationPipeline
+from transformers.pipelines.pt_utils import KeyDataset
 
 from modeling_nim import (
     NIMClassifierConfig,
@@ -82,6 +84,49 @@ def test_answers_depend_neither_on_batch_size_nor_on_company(pipe, images):
             assert scores(one["labels"]) == pytest.approx(scores(other["labels"]), abs=1e-6)
             difference = np.asarray(one["purified"], dtype=int) - np.asarray(other["purified"], dtype=int)
             assert abs(difference).max() <= 1  # rounding to levels
+
+
+def test_each_image_has_its_own_sigma(pipe, images):
+    """A list of sigmas answers as so many calls with one sigma do, in lists, datasets and streams, in any batch."""
+    sigmas = [0, 10.5, 30, "75", 200]
+    arguments = {"seed": 3, "num_votes": 2, "return_purified": True}
+    alone = [pipe(image, sigma=sigma, **arguments) for image, sigma in zip(images, sigmas, strict=True)]
+    assert scores(alone[1]["labels"]) != pytest.approx(
+        scores(pipe(images[1], sigma=30, **arguments)["labels"]), abs=1e-4
+    )
+    numbers = [float(sigma) for sigma in sigmas]
+    for given, batch_size in [(sigmas, 1), (sigmas, 2), (torch.tensor(numbers), 5), (np.array(numbers), 3)]:
+        results = pipe(images, sigma=given, batch_size=batch_size, **arguments)
+        assert isinstance(results, list)
+        streamed = list(pipe((image for image in images), sigma=given, batch_size=batch_size, **arguments))
+        for expected, result, other in zip(alone, results, streamed, strict=True):
+            assert scores(result["labels"]) == pytest.approx(scores(expected["labels"]), abs=1e-6)
+            assert scores(other["labels"]) == pytest.approx(scores(expected["labels"]), abs=1e-6)
+            difference = np.asarray(result["purified"], dtype=int) - np.asarray(expected["purified"], dtype=int)
+            assert abs(difference).max() <= 1  # rounding to levels
+    dataset = datasets.Dataset.from_dict({"image": images}, features=datasets.Features({"image": datasets.Image()}))
+    by_dataset = list(pipe(KeyDataset(dataset, "image"), sigma=sigmas, batch_size=2, seed=3, num_votes=2))
+    for expected, labels in zip(alone, by_dataset, strict=True):
+        assert scores(labels) == pytest.approx(scores(expected["labels"]), abs=1e-6)
+
+
+def test_sigmas_and_images_must_be_as_many(pipe, images, stock_model):
+    with pytest.raises(ValueError, match="2 numbers for 5 images: pass one per image"):
+        pipe(images, sigma=[10, 20])
+    with pytest.raises(ValueError, match="1 numbers, one per image: pass the images as a list"):
+        pipe(images[0], sigma=[10])
+    for number, message in ((3, "3 numbers for 4 images"), (6, "6 numbers for 5 images")):
+        with pytest.raises(ValueError, match=message):
+            list(pipe((image for image in images), sigma=[10] * number))
+    with pytest.raises(ValueError, match="must be >= 0 and finite, got -1"):
+        pipe(images[:2], sigma=[10, -1])
+    with pytest.raises(ValueError, match="sigma of an image must be a number on 0..255, got 'uniform"):
+        pipe(images[:2], sigma=[10, "uniform(0, 30)"])
+    with pytest.raises(ValueError, match="is a list, one number per image: pass it in the call"):
+        pipeline("image-classification", model=pipe.model, image_processor=pipe.image_processor, sigma=[10, 20])
+    stock = pipeline("image-classification", model=stock_model, image_processor=ViTImageProcessorPil())
+    with pytest.raises(ValueError, match="ViTForImageClassification has no purifier, so sigma has no meaning"):
+        stock(images[:2], sigma=[10, 20])
 
 
 def test_streams_and_workers_give_the_same_answers(pipe, images):
