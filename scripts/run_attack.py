@@ -7,7 +7,8 @@ Several GPUs: `scripts/launch.py --num_processes N` splits the images; on CPUs, 
 A run that was stopped continues where it was when it is started again.
 
 `output_dir` receives `run.json` (settings, hashes, versions), `records.jsonl` (one line per image, attack and seed),
-`seconds.jsonl`, `summary.json`, and with the sections `pictures` and `reconstruction` what `reports/figures.py` draws.
+`seconds.jsonl`, `summary.json`, and with the sections `pictures` and `reconstruction` what `reports/figures.py` draws
+(`reconstruction.json` has the means of `reconstruction.jsonl`).
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -27,13 +28,12 @@ from modeling_nim.data import load_source
 from modeling_nim.robustness.checks import stated_accuracy
 from modeling_nim.robustness.images import SourceImages
 from modeling_nim.robustness.loading import load_purifier, load_targets, model_hash
-from modeling_nim.robustness.pictures import pictured_jobs, reconstruction_records, store_pictures
+from modeling_nim.robustness.pictures import pictured_jobs, reconstruction_records, store_pictures, store_reconstruction
 from modeling_nim.robustness.protocols import default_sigmas, resolve
 from modeling_nim.robustness.recipes import AttackRunRecipe
 from modeling_nim.robustness.run import AttackRun
 from modeling_nim.robustness.summary import table
 from modeling_nim.runs.errors import run_main
-from modeling_nim.runs.files import write_jsonl
 from modeling_nim.runs.recipe import parse_command_line
 
 
@@ -78,7 +78,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 name: load_purifier(path, accelerator.device) for name, path in recipe.reconstruction.purifiers.items()
             }
             lines = reconstruction_records(recipe.reconstruction, purifiers, source, images.order)
-            write_jsonl(directory / "reconstruction.jsonl", lines)
+            hashes = {name: {"hash": model_hash(purifier)} for name, (purifier, _) in purifiers.items()}
+            for row in store_reconstruction(directory, lines, records.settings | {"models": hashes}):
+                psnr = f"PSNR {row['psnr_db']:.2f} dB on {row['num_images']} images"
+                print(f"{row['model']} at sigma {row['sigma_255']:g}: {psnr}")
         if run.jobs:
             summary = run.summary(records, accelerator.num_processes)
             print(table(summary.rows))

@@ -1,5 +1,6 @@
 """What figures need beyond numbers, stored beside the records so that drawing needs no model."""
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from ..data import ImageSource, evaluation_batch
 from ..image_processing import BICUBIC
 from ..noise_nim import denormalize, normalize
-from ..runs.files import write_json, written_whole
+from ..runs.files import write_json, write_jsonl, written_whole
 from .draws import PICTURE, RECONSTRUCTION, stream_seed
 from .evaluation import attack_images
 from .images import SourceImages
@@ -134,6 +135,30 @@ def reconstruction_records(
                 record = {"model": name, "sigma_255": sigma, "image_id": image_id, "loss": loss, "psnr_db": psnr_db}
                 records.append(record)
     return records
+
+
+def reconstruction_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per purifier and sigma the mean PSNR in dB over the images, and their number."""
+    values: dict[tuple[str, float], list[float]] = {}
+    for record in records:
+        values.setdefault((record["model"], record["sigma_255"]), []).append(record["psnr_db"])
+    return [
+        {"model": model, "sigma_255": sigma, "psnr_db": round(sum(found) / len(found), 3), "num_images": len(found)}
+        for (model, sigma), found in values.items()
+    ]
+
+
+def store_reconstruction(
+    directory: str | os.PathLike, records: Sequence[dict[str, Any]], provenance: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Writes `reconstruction.jsonl`, the records, and `reconstruction.json`, what they come to; gives its rows."""
+    directory = Path(directory)
+    write_jsonl(directory / "reconstruction.jsonl", records)
+    written = (directory / "reconstruction.jsonl").read_bytes()
+    provenance = provenance | {"records_sha256": hashlib.sha256(written).hexdigest()}
+    rows = reconstruction_rows(records)
+    write_json(directory / "reconstruction.json", {"rows": rows, "provenance": provenance})
+    return rows
 
 
 def center_square_processor(side: int) -> ViTImageProcessorPil:

@@ -73,11 +73,12 @@ def trainings(runs: Sequence[Path]) -> tuple[bytes, bytes]:
 
 def evaluation(run: Path) -> tuple[bytes, bytes]:
     """Summary and records of run_attack.py or run_certify.py, as files hold them."""
-    names = (("summary.json", "records.jsonl"), ("certified.json", "certificates.jsonl"))
+    names = [("summary.json", "records.jsonl"), ("certified.json", "certificates.jsonl")]
+    names += [("reconstruction.json", "reconstruction.jsonl")]
     found = next(((run / summary, run / records) for summary, records in names if (run / summary).exists()), None)
     if found is None:
         raise FileNotFoundError(
-            f"{str(run)!r} holds no summary.json, certified.json or log.jsonl: is the run finished?"
+            f"{str(run)!r} holds no {', '.join(summary for summary, _ in names)} or log.jsonl: is the run finished?"
         )
     summary, records = (file.read_bytes() for file in found)
     stated = json.loads(summary)["provenance"].get("records_sha256")

@@ -1,5 +1,8 @@
 """What a purifier gives back, measured image by image."""
 
+import hashlib
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,7 @@ from modeling_nim import NIMConfig, NIMForPreTraining, image_processor_for, norm
 from modeling_nim.data import DataRecipe, load_source
 from modeling_nim.noise_nim import denormalize
 from modeling_nim.robustness.draws import RECONSTRUCTION, stream_seed
-from modeling_nim.robustness.pictures import reconstruction_records
+from modeling_nim.robustness.pictures import reconstruction_records, store_reconstruction
 from modeling_nim.robustness.recipes import ReconstructionRecipe
 
 
@@ -50,3 +53,22 @@ def test_images_of_the_purifiers_size_have_its_loss_too(purifier):
     )
     generator = torch.Generator().manual_seed(stream_seed(0, source.image_id(3), RECONSTRUCTION))
     assert record["loss"] == pytest.approx(float(purifier(pixel_values, sigma=30, generator=generator).loss), rel=1e-4)
+
+
+def test_what_is_stored_names_its_records_and_their_means(tmp_path):
+    def record(sigma, image_id, psnr_db):
+        return {"model": "tiny", "sigma_255": sigma, "image_id": image_id, "loss": None, "psnr_db": psnr_db}
+
+    records = [record(0, "a", 40.0), record(0, "b", 41.0), record(30, "a", 28.5)]
+    rows = store_reconstruction(tmp_path, records, {"data": "two images"})
+    stored = json.loads((tmp_path / "reconstruction.json").read_text())
+    content = (tmp_path / "reconstruction.jsonl").read_bytes()
+    assert [json.loads(line) for line in content.splitlines()] == records
+    assert stored == {
+        "rows": [
+            {"model": "tiny", "sigma_255": 0, "psnr_db": 40.5, "num_images": 2},
+            {"model": "tiny", "sigma_255": 30, "psnr_db": 28.5, "num_images": 1},
+        ],
+        "provenance": {"data": "two images", "records_sha256": hashlib.sha256(content).hexdigest()},
+    }
+    assert rows == stored["rows"]
