@@ -44,6 +44,7 @@ bench: setup
 	$(BIN)/python scripts/bench/loader.py
 	$(BIN)/python scripts/bench/pretrain.py
 	$(BIN)/python scripts/bench/purify.py
+	$(BIN)/python scripts/bench/training.py
 	$(BIN)/python scripts/bench/startup.py
 	$(BIN)/python scripts/bench/attack.py
 
