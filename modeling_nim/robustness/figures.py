@@ -191,8 +191,8 @@ def panel(
 ) -> Figure:
     """For some images: what undefended and defended models see and say, clean and attacked (Figure 4, and the demo's).
 
-    Of a defence with several sigmas the one nearest to `sigma` is shown. Captions give prediction and confidence of the
-    shown draw, green where right and red where wrong.
+    Of a defense with several sigmas the one nearest to `sigma` is shown, and beside it a second defense of that sigma.
+    Captions give prediction and confidence of the shown draw, green where right and red where wrong.
     """
     undefended = list(dict.fromkeys(entry["model"] for entry in entries if "purified" not in entry["stages"]))
     defended = list(dict.fromkeys(_key(entry) for entry in entries if "purified" in entry["stages"]))
@@ -201,13 +201,11 @@ def panel(
     for model in undefended[:1]:
         columns.append((f"clean image\n{model}", (model, None), "clean", "input", True))
         columns.append((f"attacked image\n{model}", (model, None), "attacked", "input", True))
-    for model, own in defended[:1]:
-        where = "" if own == "mask" else f"\nsigma {_number(own)}"
+    for model, own in [key for key in defended if key[1] == defended[0][1]][:2]:
+        where = model if own == "mask" else f"{model}, sigma {_number(own)}"
         columns += [
-            (f"clean, degraded{where}", (model, own), "clean", "degraded", False),
             (f"clean, purified\n{model}", (model, own), "clean", "purified", True),
-            (f"attacked image\n{model}", (model, own), "attacked", "input", False),
-            (f"attacked, degraded{where}", (model, own), "attacked", "degraded", False),
+            (f"attacked, degraded\n{where}", (model, own), "attacked", "degraded", False),
             (f"attacked, purified\n{model}", (model, own), "attacked", "purified", True),
         ]
     if not columns:

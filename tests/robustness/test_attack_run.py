@@ -24,7 +24,7 @@ from modeling_nim import (
 )
 from modeling_nim.image_processing import image_processor_for
 from modeling_nim.robustness.certification import CertifyRecipe
-from modeling_nim.robustness.figures import defenses
+from modeling_nim.robustness.figures import defenses, panel
 from modeling_nim.robustness.loading import check_losses
 from modeling_nim.robustness.pictures import load_pictures
 from modeling_nim.robustness.protocols import resolve
@@ -200,6 +200,15 @@ def test_several_defences_are_shown_beside_one_another(recipe, models, tmp_path)
     entry = next(e for e in content["entries"] if (e["model"], e["kind"]) == ("MAE", "clean"))
     caption = f"{content['class_names'][entry['prediction']]} ({100 * entry['confidence']:.0f}%)"
     assert figure.axes[5].get_xlabel() == caption and not figure.axes[4].get_xlabel()
+    # the panel: undefended and defended, and a second defense of the same sigma beside them
+    second = [e | {"model": "hardened"} for e in content["entries"] if (e["model"], e["sigma"]) == ("purified", "60")]
+    for entries, names in ((content["entries"], ["purified"]), (content["entries"] + second, ["purified", "hardened"])):
+        figure = panel(entries, pixels, content["class_names"], sigma=70)
+        top = ["clean image\noriginal", "attacked image\noriginal"]
+        for name in names:
+            top += [f"clean, purified\n{name}", f"attacked, degraded\n{name}, sigma 60", f"attacked, purified\n{name}"]
+        assert [axes.get_title() for axes in figure.axes[: len(top)]] == top
+        assert len(figure.axes) == 2 * len(top) and figure.axes[len(top) - 1].get_xlabel()
     reference.load_script("reports/figures").main([str(tmp_path / "out"), "--sigma", "0"])
     assert (tmp_path / "out/defenses.png").read_bytes().startswith(b"\x89PNG")
 
