@@ -1,4 +1,4 @@
-"""Noisy image modeling: vision transformers pre-trained to denoise, and kept as a defence of their classifiers."""
+"""Noisy image modeling: vision transformers pre-trained to denoise, and kept as a defense of their classifiers."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping

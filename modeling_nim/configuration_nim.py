@@ -96,7 +96,7 @@ class NIMConfig(ViTMAEConfig):
         tile_batch_size (`int`, *optional*, defaults to 64):
             Most tiles that are computed, and with a gradient held in memory, at once.
         image_mean, image_std (`list[float]`, *optional*, defaults to ImageNet's):
-            Normalisation of `pixel_values`; sigma needs it to become a scale of normalised pixels.
+            Normalization of `pixel_values`; sigma needs it to become a scale of normalized pixels.
     """
 
     model_type = "nim"
@@ -156,7 +156,7 @@ class NIMClassifierConfig(PreTrainedConfig):
             Stochastic depth of the last layer, rising linearly from 0 at the first (0.1 for ViT-B in the paper's
             recipe).
         image_mean, image_std (`list[float]`, *optional*, defaults to ImageNet's):
-            Normalisation of `pixel_values`.
+            Normalization of `pixel_values`.
     """
 
     model_type = "nim_classifier"
@@ -253,7 +253,7 @@ class NIMSimMIMConfig(BeitConfig):
         tile_batch_size (`int`, *optional*, defaults to 64):
             Most tiles that are computed, and with a gradient held in memory, at once.
         image_mean, image_std (`list[float]`, *optional*, defaults to ImageNet's):
-            Normalisation of `pixel_values`; sigma needs it to become a scale of normalised pixels.
+            Normalization of `pixel_values`; sigma needs it to become a scale of normalized pixels.
     """
 
     model_type = "nim_simmim"
@@ -305,7 +305,7 @@ class NIMSimMIMClassifierConfig(BeitConfig):
 
     Args:
         image_mean, image_std (`list[float]`, *optional*, defaults to ImageNet's):
-            Normalisation of `pixel_values`.
+            Normalization of `pixel_values`.
     """
 
     model_type = "nim_simmim_classifier"
@@ -336,7 +336,7 @@ class NIMPurifiedConfig(PreTrainedConfig):
         purifier_config, classifier_config (`PreTrainedConfig` or `dict`):
             Configurations of the parts; the classifier may be any image classifier of transformers.
         sigma (`str`, *optional*, defaults to `"30"`):
-            Scale of the defence's noise on 0..255 (sigma_dfs in Eq. 9; the paper's Table 1 uses 30).
+            Scale of the defense's noise on 0..255 (sigma_dfs in Eq. 9; the paper's Table 1 uses 30).
         num_votes (`int`, *optional*, defaults to 1):
             Noise draws whose class probabilities are averaged.
         image_size (`int`, *optional*):
@@ -348,7 +348,7 @@ class NIMPurifiedConfig(PreTrainedConfig):
         classifier_image_size (`int`, *optional*):
             Side of the square images that the classifier takes; None takes the purified images as they are.
         classifier_image_mean, classifier_image_std (`list[float]`, *optional*):
-            Normalisation that the classifier expects; None means the purifier's.
+            Normalization that the classifier expects; None means the purifier's.
     """
 
     model_type = "nim_purified"
@@ -409,12 +409,12 @@ class NIMPurifiedConfig(PreTrainedConfig):
 
     @property
     def image_mean(self) -> list[float]:
-        """Mean that `pixel_values` are normalised with: the purifier's."""
+        """Mean that `pixel_values` are normalized with: the purifier's."""
         return list(self.purifier_config.image_mean)
 
     @property
     def image_std(self) -> list[float]:
-        """Standard deviation that `pixel_values` are normalised with: the purifier's."""
+        """Standard deviation that `pixel_values` are normalized with: the purifier's."""
         return list(self.purifier_config.image_std)
 
 

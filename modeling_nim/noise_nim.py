@@ -1,7 +1,7 @@
 """The degradation of noisy image modeling (the paper's Eq. 3 and section 2.4): sigma, epsilon, x + sigma * epsilon.
 
-`sigma` is on the scale of 0..255 everywhere, as in the paper. Images are either `images_01` in [0, 1] or normalised
-`pixel_values`; `add_noise` is the one place where sigma meets the normalisation.
+`sigma` is on the scale of 0..255 everywhere, as in the paper. Images are either `images_01` in [0, 1] or normalized
+`pixel_values`; `add_noise` is the one place where sigma meets the normalization.
 """
 
 import math
@@ -212,12 +212,12 @@ def degrade(
     """Draws what is not given (for each image sigma first, then epsilon) and adds the noise.
 
     Args:
-        pixel_values: `(B, C, H, W)`, normalised.
+        pixel_values: `(B, C, H, W)`, normalized.
         sigma: a specification, a number, or a `(B,)` tensor, on the scale of 0..255.
         epsilon: `(B, C, H, W)` standard normal noise, drawn when None.
 
     Returns:
-        `(B, C, H, W)`, normalised and not clamped.
+        `(B, C, H, W)`, normalized and not clamped.
     """
     shape, device, dtype = pixel_values.shape, pixel_values.device, pixel_values.dtype
     if isinstance(sigma, torch.Tensor):
@@ -237,13 +237,13 @@ def per_channel(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
 def add_noise(
     pixel_values: torch.Tensor, sigma: torch.Tensor | float | int, epsilon: torch.Tensor, image_std: Sequence[float]
 ) -> torch.Tensor:
-    """Eq. 3 on normalised images: `pixel_values + (sigma / 255) * epsilon / std`; the result is not clamped.
+    """Eq. 3 on normalized images: `pixel_values + (sigma / 255) * epsilon / std`; the result is not clamped.
 
     Args:
-        pixel_values: `(B, C, H, W)`, normalised.
+        pixel_values: `(B, C, H, W)`, normalized.
         sigma: a number, or one per image `(B,)`, on the scale of 0..255.
         epsilon: `(B, C, H, W)`, standard normal.
-        image_std: the standard deviation that the images were normalised with.
+        image_std: the standard deviation that the images were normalized with.
 
     Raises:
         ValueError: a negative number or a distribution for sigma, or shapes that do not fit.
@@ -266,18 +266,18 @@ def add_noise(
 
 
 def normalize(images_01: torch.Tensor, image_mean: Sequence[float], image_std: Sequence[float]) -> torch.Tensor:
-    """[0, 1] images `(B, C, H, W)` to normalised `pixel_values`."""
+    """[0, 1] images `(B, C, H, W)` to normalized `pixel_values`."""
     return (images_01 - per_channel(image_mean, images_01)) / per_channel(image_std, images_01)
 
 
 def denormalize(pixel_values: torch.Tensor, image_mean: Sequence[float], image_std: Sequence[float]) -> torch.Tensor:
-    """Normalised `pixel_values` `(B, C, H, W)` to [0, 1] images; values outside the range stay outside."""
+    """Normalized `pixel_values` `(B, C, H, W)` to [0, 1] images; values outside the range stay outside."""
     return pixel_values * per_channel(image_std, pixel_values) + per_channel(image_mean, pixel_values)
 
 
 def clamp_to_image_range(
     pixel_values: torch.Tensor, image_mean: Sequence[float], image_std: Sequence[float]
 ) -> torch.Tensor:
-    """Clamps normalised images to what [0, 1] becomes under the normalisation; differentiable inside the range."""
+    """Clamps normalized images to what [0, 1] becomes under the normalization; differentiable inside the range."""
     mean, std = per_channel(image_mean, pixel_values), per_channel(image_std, pixel_values)
     return torch.clamp(pixel_values, min=-mean / std, max=(1 - mean) / std)

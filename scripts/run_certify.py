@@ -3,7 +3,7 @@
     python scripts/launch.py scripts/run_certify.py scripts/recipes/digits/certify.yaml
     python scripts/reports/figures.py outputs/certify
 
-Randomized smoothing (Cohen et al. 2019) with the defence's own noise. It needs a purifier whose answer depends on the
+Randomized smoothing (Cohen et al. 2019) with the defense's own noise. It needs a purifier whose answer depends on the
 noisy image alone: `patch_statistics: input`, as in the paper's code, is refused. A run that was stopped continues where
 it was.
 

@@ -1,4 +1,4 @@
-"""Fine-tune a pre-trained encoder as a classifier, on images as they are or as the defence hands them on (Eq. 10).
+"""Fine-tune a pre-trained encoder as a classifier, on images as they are or as the defense hands them on (Eq. 10).
 
     python scripts/launch.py scripts/run_finetune.py scripts/recipes/digits/finetune_denoised.yaml [key=value ...]
 

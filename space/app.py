@@ -1,11 +1,11 @@
-"""A page to try the defence: attack an image, and see what noise and denoising make of the attack.
+"""A page to try the defense: attack an image, and see what noise and denoising make of the attack.
 
     python space/app.py                                      # the released models of model_cards/
     python space/app.py --models org/nim-digits --undefended org/nim-digits-undefended --port 7860
     python space/app.py --purifier model_cards/nim-photos --classifier DIR    # any purifier before any classifier
 
 `--models` are purified models, each a directory or a Hub id, to choose from on the page. `--undefended` is a classifier
-without defence; without it, the classifier inside the defended model stands there without its purifier. `--hardened` is
+without defense; without it, the classifier inside the defended model stands there without its purifier. `--hardened` is
 a second defended model to compare with; a directory beside the model whose name ends in -hardened is found by itself.
 `--examples` is a folder of images to pick from. On the Hub, where a Space has no command line, the variables NIM_MODELS
 (ids with spaces between them), NIM_UNDEFENDED, NIM_HARDENED and NIM_EXAMPLES say the same.
@@ -210,7 +210,7 @@ class Models:
             "defended": self.defended,
         }
         if choice.hardened is not None:
-            title = "Hardened: a defence that has met attacks in its training"
+            title = "Hardened: a defense that has met attacks in its training"
             self.rows["hardened"] = Defended.from_pretrained(choice.hardened, title)
         # the package's reading of image files, which stands beside the model's own code
         package = type(self.defended.model).__module__.rpartition(".")[0]
@@ -327,10 +327,10 @@ def attack_row(
 ) -> list:
     """A row's verdict, pictures and bars: the image attacked by someone who knows everything but the draw."""
     images_01 = _images_01(system.processor, image)
-    defence = {"sigma_255": sigma_255, "votes": votes}
+    defense = {"sigma_255": sigma_255, "votes": votes}
     attackers_noise = _generator(seed, "attack")
     with torch.no_grad():
-        before = system.logits(images_01, generator=_generator(seed, "defence"), **defence)
+        before = system.logits(images_01, generator=_generator(seed, "defense"), **defense)
     label = before.argmax(dim=-1)
     attacked_01 = pgd(
         lambda x: system.logits(x, sigma_255=sigma_255, generator=attackers_noise, votes=1),
@@ -342,13 +342,13 @@ def attack_row(
     pictures, holding = [images_01, attacked_01], None
     with torch.no_grad():
         if isinstance(system, Defended):
-            output = system.output(attacked_01, generator=_generator(seed, "defence"), **defence)
+            output = system.output(attacked_01, generator=_generator(seed, "defense"), **defense)
             after = output.logits
             seen = (output.degraded_pixel_values, output.purified_pixel_values)  # of the first vote
             pictures += [pixel_values * system.std + system.mean for pixel_values in seen]
             holding = [
                 sum(
-                    int(system.logits(x, generator=_generator(seed, "fresh", draw), **defence).argmax() == label)
+                    int(system.logits(x, generator=_generator(seed, "fresh", draw), **defense).argmax() == label)
                     for draw in range(FRESH_DRAWS)
                 )
                 for x in (images_01, attacked_01)
@@ -381,8 +381,8 @@ def verdict(
 
 
 def _generator(seed: int, purpose: str, draw: int = 0) -> torch.Generator:
-    """Separate streams: the attacker must not meet the draws of the defence, nor one draw another."""
-    stream = ("defence", "attack", "start", "fresh").index(purpose) + draw
+    """Separate streams: the attacker must not meet the draws of the defense, nor one draw another."""
+    stream = ("defense", "attack", "start", "fresh").index(purpose) + draw
     return torch.Generator().manual_seed((3 + FRESH_DRAWS) * seed + stream)
 
 
@@ -547,7 +547,7 @@ def _build_inputs(page: Page, first: str, examples: Sequence[Path]) -> dict[str,
             0,
             150,
             models.sigma_255,
-            "sigma: noise of the defence, of 255",
+            "sigma: noise of the defense, of 255",
             "More noise drowns more of an attack, and more of the image. It starts at the model's own.",
         ),
         "votes": (
@@ -560,7 +560,7 @@ def _build_inputs(page: Page, first: str, examples: Sequence[Path]) -> dict[str,
     }
     for name, (low, high, value, label, info) in sliders.items():
         found[name] = gr.Slider(low, high, value=value, step=1, label=label, info=info, elem_id=name)
-    info = "Fixes every random draw of this page, the attacker's and the defence's. Try another."
+    info = "Fixes every random draw of this page, the attacker's and the defense's. Try another."
     found["seed"] = gr.Number(0, precision=0, label="seed", info=info, elem_id="seed")
     found["button"] = gr.Button("Attack", variant="primary", elem_id="run")
     return found

@@ -52,5 +52,5 @@ def classifier() -> NIMForImageClassification:
 
 @pytest.fixture
 def pixel_values() -> torch.Tensor:
-    """Four normalised images, 16x16."""
+    """Four normalized images, 16x16."""
     return torch.randn(4, 3, 16, 16)

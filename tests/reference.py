@@ -83,7 +83,7 @@ def mae_encode(images: torch.Tensor, sd: StateDict, heads: int) -> torch.Tensor:
 
 
 def nim_mae(noisy: torch.Tensor, clean: torch.Tensor, sd: StateDict, heads: int, decoder_heads: int) -> torch.Tensor:
-    """The reconstruction with norm_pix: de-normalised with the statistics of the clean patches."""
+    """The reconstruction with norm_pix: de-normalized with the statistics of the clean patches."""
     x = linear(layer_norm(mae_encode(noisy, sd, heads), sd, "norm"), sd, "decoder_embed") + sd["decoder_pos_embed"]
     for layer in range(depth(sd, "decoder_blocks")):
         x = block(x, sd, f"decoder_blocks.{layer}", decoder_heads)

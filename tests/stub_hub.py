@@ -149,8 +149,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append(f"{self.command} {url.path}")
         if url.path == "/api/whoami-v2":
             if self.may_write(None):
-                organisations = [{"name": self.server.namespace, "type": "org", "roleInOrg": "admin"}]
-                self.answer_json({"type": "user", "name": "tester", "orgs": organisations, "auth": {}})
+                organizations = [{"name": self.server.namespace, "type": "org", "roleInOrg": "admin"}]
+                self.answer_json({"type": "user", "name": "tester", "orgs": organizations, "auth": {}})
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", url.path):
             self.get_model_info(match[1], match[2] or "main")
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/(.+))?", url.path):

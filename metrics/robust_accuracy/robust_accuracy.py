@@ -14,7 +14,7 @@ import numpy as np
 
 _DESCRIPTION = """
 Robust accuracy is the share of attacked images that are still classified correctly. A model that is random by design
-(a randomised purifier) decides differently from draw to draw, so several predictions per image can be given, each from
+(a randomized purifier) decides differently from draw to draw, so several predictions per image can be given, each from
 fresh noise: the metric then reports the mean over draws, the majority vote, and the worst of the draws.
 """
 
@@ -55,12 +55,12 @@ _CITATION = """
 def wilson_interval(share: float, num_images: int, confidence: float) -> list[float]:
     """Wilson score interval [low, high] of a share in 0..1 observed on `num_images` independent images."""
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    centre = share + z * z / (2 * num_images)
+    center = share + z * z / (2 * num_images)
     half_width = z * math.sqrt(share * (1 - share) / num_images + (z / (2 * num_images)) ** 2)
     scale = 1 + z * z / num_images
     # The ends are exactly 0 and 1 at shares 0 and 1; the formula misses them by rounding only.
-    low = 0.0 if share == 0 else (centre - half_width) / scale
-    high = 1.0 if share == 1 else (centre + half_width) / scale
+    low = 0.0 if share == 0 else (center - half_width) / scale
+    high = 1.0 if share == 1 else (center + half_width) / scale
     return [low, high]
 
 

@@ -48,7 +48,7 @@ class NIMPurifiedOutput(ImageClassifierOutput):
         hidden_states, attentions: the classifier's, of each image's first vote, where they are asked for.
         degraded_pixel_values: `(B, C, H, W)`, the images with the noise of the first vote (or with its hidden patches
             zero).
-        purified_pixel_values: `(B, C, H, W)`, the purified images of the first vote, in the purifier's normalisation.
+        purified_pixel_values: `(B, C, H, W)`, the purified images of the first vote, in the purifier's normalization.
     """
 
     degraded_pixel_values: torch.Tensor | None = None
@@ -101,7 +101,7 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, LoadedAsBuiltMixin, Pr
         self.post_init()
 
     def _init_weights(self, module: nn.Module):
-        """The parts initialise themselves; nothing stands between them."""
+        """The parts initialize themselves; nothing stands between them."""
 
     def get_input_embeddings(self) -> nn.Module:
         """The purifier's projection of patches, the first weights that the images meet."""
@@ -129,7 +129,7 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, LoadedAsBuiltMixin, Pr
         Args:
             purifier: [`NIMForPreTraining`] or [`NIMSimMIMForPreTraining`].
             classifier: any image classifier of transformers.
-            sigma: scale of the defence's noise on 0..255.
+            sigma: scale of the defense's noise on 0..255.
             num_votes: noise draws whose class probabilities are averaged.
             image_size: side of the images that are purified. None is the classifier's where the purifier is smaller and
                 has to work in tiles, else the purifier's; the purifier's own makes it purify first and enlarge
@@ -172,7 +172,7 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, LoadedAsBuiltMixin, Pr
             )
         if mean is None or std is None:
             warnings.warn(
-                f"{type(classifier).__name__} does not say how its images are normalised; the purifier's normalisation "
+                f"{type(classifier).__name__} does not say how its images are normalized; the purifier's normalization "
                 "is used. Pass classifier_image_mean and classifier_image_std if the classifier was trained with "
                 "another.",
                 stacklevel=2,
@@ -230,7 +230,7 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, LoadedAsBuiltMixin, Pr
         noise: torch.Tensor | None = None,
     ) -> torch.Tensor:
         r"""
-        The purifier's `purify` at the defence's sigma.
+        The purifier's `purify` at the defense's sigma.
 
         Returns:
             `(B, 3, H, W)`, of the images' size, in the purifier's normalization, clamped to the range of [0, 1] images.
@@ -240,7 +240,7 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, LoadedAsBuiltMixin, Pr
         )
 
     def _sigma(self, sigma: str | float | int | torch.Tensor | None) -> str | float | int | torch.Tensor | None:
-        """The defence's own sigma where none is given and the purifier adds noise."""
+        """The defense's own sigma where none is given and the purifier adds noise."""
         own = sigma is None and self.config.purifier_config.degradation == "noise"
         return self.config.sigma if own else sigma
 

@@ -26,9 +26,9 @@ class NIMForPreTrainingOutput(ViTMAEForPreTrainingOutput):
 
     Args:
         loss: scalar; the mean error over all patches (noise, Eq. 4) or over the hidden ones (mask, Eq. 2).
-        logits: `(B, N, patch * patch * C)`, the prediction of every patch, channels last; normalised per patch with
+        logits: `(B, N, patch * patch * C)`, the prediction of every patch, channels last; normalized per patch with
             `norm_pix_loss`.
-        reconstruction: `(B, C, H, W)`, the prediction as normalised images, not clamped.
+        reconstruction: `(B, C, H, W)`, the prediction as normalized images, not clamped.
         degraded_pixel_values: `(B, C, H, W)`, what the encoder saw: noisy images, hidden patches zero.
         mask: `(B, N)`, 1 where a patch was hidden; None where none was.
         ids_restore: `(B, N)`, the inverse of the order in which NIM-MAE hides patches.
@@ -152,7 +152,7 @@ class NIMPreTrainingMixin:
         Degrades the images, reconstructs them, and scores the reconstruction.
 
         Args:
-            pixel_values: `(B, C, H, W)`, clean and normalised, of the configured size.
+            pixel_values: `(B, C, H, W)`, clean and normalized, of the configured size.
             sigma: scale of the noise on 0..255: a number, one per image `(B,)`, a specification such as
                 `"uniform(0, 30)"`, or None for the configuration's.
             epsilon: `(B, C, H, W)`, the standard normal noise of Eq. 3; drawn when None.
@@ -186,14 +186,14 @@ class NIMPreTrainingMixin:
         interpolate_pos_encoding: bool = False,
     ) -> torch.Tensor:
         r"""
-        The defence's first two steps in Eq. 9: degrade and reconstruct; gradients pass through both, on purpose.
+        The defense's first two steps in Eq. 9: degrade and reconstruct; gradients pass through both, on purpose.
 
         Takes the arguments of `forward`, and images of any size from the configured one up, square or not; larger ones
         are reconstructed in tiles, at most `tile_batch_size` of them in memory. `noise` and `bool_masked_pos` then hold
         those of one tile after the other. With masks the visible patches are pasted back into the reconstruction.
 
         Returns:
-            `(B, C, H, W)`, normalised, clamped to the range of [0, 1] images.
+            `(B, C, H, W)`, normalized, clamped to the range of [0, 1] images.
         """
         degraded, hidden = self.degrade(
             pixel_values, sigma, epsilon, generator, noise, bool_masked_pos, interpolate_pos_encoding
@@ -215,7 +215,7 @@ class NIMPreTrainingMixin:
                 `patch_statistics="input"`.
 
         Returns:
-            `(B, C, H, W)`, normalised, clamped to the range of [0, 1] images.
+            `(B, C, H, W)`, normalized, clamped to the range of [0, 1] images.
         """
         grid = self._tiles(*degraded.shape[-2:], interpolate_pos_encoding)
         if grid is None:

@@ -31,7 +31,7 @@ class _ImageWithSigma:
 
 class NIMImageClassificationPipeline(ImageClassificationPipeline):
     r"""
-    `pipeline("image-classification")` for any model of transformers, and the defence's arguments for purified ones.
+    `pipeline("image-classification")` for any model of transformers, and the defense's arguments for purified ones.
 
     Without the arguments below it is the stock pipeline: same inputs (PIL images, paths, URLs, base64, arrays, lists,
     datasets, `batch_size`), same results.
@@ -48,7 +48,7 @@ class NIMImageClassificationPipeline(ImageClassificationPipeline):
     Returns:
         For each image a list of `{"label", "score"}`, best first; with `return_purified=True` a dictionary of
         `"labels"`, that list, and `"purified"`, a PIL image of the input's size: the purified image of the first noise
-        draw, in place. What the image processor cuts off (the margins of a centre crop) is shown as it was: no model
+        draw, in place. What the image processor cuts off (the margins of a center crop) is shown as it was: no model
         saw it.
 
     Example:
@@ -220,7 +220,7 @@ def _opened_image(source: Any, timeout: float | None) -> Image.Image:
 
 
 def _seen_box(image_size: tuple[int, int], processor: Any) -> tuple[int, int, int, int]:
-    """The part (left, top, right, bottom) of a (width, height) image that is left after the processor's centre crop."""
+    """The part (left, top, right, bottom) of a (width, height) image that is left after the processor's center crop."""
     width, height = image_size
     shortest_edge = processor.size.get("shortest_edge") if processor.do_resize else None
     if not getattr(processor, "do_center_crop", False) or shortest_edge is None:

@@ -29,7 +29,7 @@ def check_image_size(height: int, width: int) -> None:
 def rgb_image(image: Image.Image) -> Image.Image:
     """The upright RGB image with 8 bits a channel: for training, evaluation and the pipeline alike.
 
-    EXIF rotations are applied. 16-bit grey levels are scaled from 0..65535, float levels from 0..1; Pillow alone would
+    EXIF rotations are applied. 16-bit gray levels are scaled from 0..65535, float levels from 0..1; Pillow alone would
     clip both at 255, so that almost everything became white or black. Alpha is dropped, an animation gives its first
     picture.
 
@@ -57,7 +57,7 @@ def rgb_image(image: Image.Image) -> Image.Image:
 def image_processor_for(config: PreTrainedConfig) -> ViTImageProcessorPil:
     """The processor that turns PIL images into the `pixel_values` of a model with this configuration.
 
-    From 64 pixels on it is ImageNet's evaluation transform: shortest edge to size * 256 / 224 (bicubic), centre crop.
+    From 64 pixels on it is ImageNet's evaluation transform: shortest edge to size * 256 / 224 (bicubic), center crop.
     Smaller models see the whole image, resized to a square. A purifier with a `tile_stride` of its own takes
     photographs in tiles, and they keep their size. A defense resizes and crops as its classifier's own processor does,
     where that is known (`image_geometry`). Mean and standard deviation are the configuration's.

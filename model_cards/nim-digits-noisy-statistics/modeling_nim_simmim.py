@@ -85,7 +85,7 @@ class NIMSimMIMRelativePositionBias(BeitRelativePositionBias):
 
 
 class NIMSimMIMLayer(BeitLayer):
-    """A BEiT layer that knows its depth, which its initialisation needs."""
+    """A BEiT layer that knows its depth, which its initialization needs."""
 
     def __init__(self, config: NIMSimMIMConfig | NIMSimMIMClassifierConfig, layer_id: int, drop_path_rate: float):
         super().__init__(config, drop_path_rate=drop_path_rate)
@@ -118,7 +118,7 @@ class NIMSimMIMDecoder(nn.Conv2d):
 
 
 class NIMSimMIMPreTrainedModel(ImageProcessorMixin, LoadedAsBuiltMixin, BeitPreTrainedModel):
-    """Initialisation as in SimMIM's reference code, and loading from its pre-trained models."""
+    """Initialization as in SimMIM's reference code, and loading from its pre-trained models."""
 
     config_class = NIMSimMIMConfig
     base_model_prefix = "beit"
@@ -173,7 +173,7 @@ class NIMSimMIMModel(NIMSimMIMPreTrainedModel, BeitModel):
     """SimMIM's ViT: patches to tokens, CLS first; the last layer norm belongs to pre-training only."""
 
     def __init__(self, config: NIMSimMIMConfig | NIMSimMIMClassifierConfig):
-        # BeitModel's constructor is passed over: the layers must know their depth before they are initialised.
+        # BeitModel's constructor is passed over: the layers must know their depth before they are initialized.
         super(BeitModel, self).__init__(config)
         self.embeddings = BeitEmbeddings(config)
         shared = config.use_shared_relative_position_bias
@@ -309,10 +309,10 @@ class NIMSimMIMForImageClassification(NIMSimMIMPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         **kwargs,
     ) -> ImageClassifierOutput | tuple:
-        """Classifies normalised images.
+        """Classifies normalized images.
 
         Args:
-            pixel_values: `(B, C, H, W)`, normalised.
+            pixel_values: `(B, C, H, W)`, normalized.
             labels: adds `loss`, see `classification_loss`.
             interpolate_pos_encoding: accept images of another size, the relative positions being interpolated.
 

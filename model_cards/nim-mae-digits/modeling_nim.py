@@ -157,7 +157,7 @@ class NIMEmbeddings(ViTMAEEmbeddings):
 
 
 class NIMPreTrainedModel(ImageProcessorMixin, LoadedAsBuiltMixin, ViTMAEPreTrainedModel):
-    """Shared base of the NIM models: MAE's initialisation, reached by every nested model, loaded weights left alone."""
+    """Shared base of the NIM models: MAE's initialization, reached by every nested model, loaded weights left alone."""
 
     config_class = NIMConfig
     base_model_prefix = "vit"
@@ -396,7 +396,7 @@ class NIMForImageClassification(NIMPreTrainedModel):
     ) -> ImageClassifierOutput | tuple:
         r"""
         Args:
-            pixel_values: `(B, 3, H, W)`, normalised.
+            pixel_values: `(B, 3, H, W)`, normalized.
             labels: adds `loss`, see `classification_loss`. Soft targets belong in the training loop.
             interpolate_pos_encoding: takes other image sizes, with positions interpolated in two dimensions.
 

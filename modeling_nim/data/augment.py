@@ -2,7 +2,7 @@
 
 kornia does the image operations. What happens to an image follows from the image's own seed (`data.randomness`), where
 kornia's augmentation classes draw once per batch from the global random state; so an image meets the same fate in any
-process and after any interruption. Mixup and cutmix mix neighbours of a batch.
+process and after any interruption. Mixup and cutmix mix neighbors of a batch.
 """
 
 from collections.abc import Callable
@@ -114,7 +114,7 @@ def erase(images_01: torch.Tensor, probability: float, seeds: np.ndarray, image_
 def mix(
     images_01: torch.Tensor, targets: torch.Tensor, recipe: AugmentationRecipe, seeds: np.ndarray
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019) of neighbours: images 0 and 1, 2 and 3, ...
+    """Mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019) of neighbors: images 0 and 1, 2 and 3, ...
 
     Each image keeps the share lambda ~ Beta(alpha, alpha) of itself, its target likewise; `targets` are (B, num_labels)
     probabilities. An odd image at the end stays as it is.
@@ -130,8 +130,8 @@ def mix(
     side = np.sqrt(1 - kept)
     rows, columns = np.arange(height), np.arange(width)
 
-    def span(centre: np.ndarray, length: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-        low = np.rint(centre * size - length * size / 2).clip(0, size)
+    def span(center: np.ndarray, length: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+        low = np.rint(center * size - length * size / 2).clip(0, size)
         return low, np.rint(low + length * size).clip(0, size)
 
     top, bottom = span(numbers[:, 2], side, height)

@@ -150,7 +150,7 @@ def file_bytes(path: str, image_id: str) -> bytes:
 
 
 def load_hub_dataset(recipe: DataRecipe, split: str, streaming: bool = False):
-    """`datasets.load_dataset` of a Hub id, with the remedy in the error for data sets behind a licence."""
+    """`datasets.load_dataset` of a Hub id, with the remedy in the error for data sets behind a license."""
     import datasets
 
     try:

@@ -1,6 +1,6 @@
 """From encoded bytes to pixels: one careful path for evaluation, one fast path for training.
 
-Both apply the EXIF rotation and give RGB whatever the file holds (grey, palette, CMYK, alpha). A file that cannot be
+Both apply the EXIF rotation and give RGB whatever the file holds (gray, palette, CMYK, alpha). A file that cannot be
 decoded raises `BadImageError`; who reads the data decides whether that stops the run or skips the image.
 """
 

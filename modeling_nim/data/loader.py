@@ -42,7 +42,7 @@ class CropRecipe:
     - `crop: native`: a window of the model's size at a random place of the image after its shorter side was resized to
       `shorter_side` pixels (smaller images are enlarged): textures keep their scale, as a purifier of photographs meets
       them. `shorter_side` must be at least the model's size;
-    - `crop: none`: the largest centred square.
+    - `crop: none`: the largest centerd square.
     """
 
     # random_resized, padded, native or none: see the docstring of CropRecipe
@@ -67,7 +67,7 @@ def random_window(
     """Top, left, height and width of a window with a share of the area in `scale` and a width : height in `ratio`.
 
     `numbers` are 2 * NUM_CROP_ATTEMPTS + 2 uniforms: attempts at (area, ratio), then the place. When no attempt fits,
-    the largest centred window with an allowed ratio.
+    the largest centerd window with an allowed ratio.
     """
     areas = height * width * (scale[0] + (scale[1] - scale[0]) * numbers[0:-2:2])
     ratios = np.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * numbers[1:-2:2])
@@ -98,8 +98,8 @@ def native_window(
     return int(numbers[-2] * (height - side + 1)), int(numbers[-1] * (width - side + 1)), side, side
 
 
-def centre_window(height: int, width: int) -> tuple[int, int, int, int]:
-    """The largest centred square: top, left, height, width."""
+def center_window(height: int, width: int) -> tuple[int, int, int, int]:
+    """The largest centerd square: top, left, height, width."""
     side = min(height, width)
     return (height - side) // 2, (width - side) // 2, side, side
 
@@ -191,7 +191,7 @@ class TrainingImages(Dataset):
                 return random_window(height, width, numbers, (self.crop.min_scale, 1.0))
             if self.crop.crop == "native":
                 return native_window(height, width, numbers, self.image_size, self.crop.shorter_side)
-            return centre_window(height, width)
+            return center_window(height, width)
 
         for stored, label, image_id in images:
             try:

@@ -65,8 +65,8 @@ class DigitsSource(ImageSource):
         digits = load_digits()
         train, test = train_test_split(np.arange(1797), test_size=360, stratify=digits.target, random_state=0)
         self.indices = np.sort(test if is_test else train)
-        grey = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8), the pixels are 0..16
-        resized = [Image.fromarray(grey[i]).resize((32, 32), Image.Resampling.BILINEAR) for i in self.indices]
+        gray = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8), the pixels are 0..16
+        resized = [Image.fromarray(gray[i]).resize((32, 32), Image.Resampling.BILINEAR) for i in self.indices]
         self.pixels = np.stack([np.asarray(image.convert("RGB")) for image in resized])  # (N, 32, 32, 3)
         self.labels = digits.target[self.indices]
         self.class_names = [str(name) for name in digits.target_names]

@@ -95,7 +95,7 @@ def _of_attack(where: str, group: tuple, members: list[Record], control: list[Re
         alarms.append(_alarm("step_not_smaller_than_epsilon", where, message))
     accuracy = percent(scores(members)["mean"])
     if norm == "linf" and epsilon >= 128 and threat.startswith("white_box") and accuracy > 5:
-        message = f"{accuracy:.1f}% survive a budget that can turn any image grey: the attack does not work here"
+        message = f"{accuracy:.1f}% survive a budget that can turn any image gray: the attack does not work here"
         alarms.append(_alarm("survives_large_epsilon", where, message))
     clean = percent(scores(members, "clean_predictions")["mean"])
     if (

@@ -74,7 +74,7 @@ def as_target(
         image_mean, image_std: of a classifier of transformers; None: its configuration's or its processor's.
 
     Raises:
-        ValueError: nobody says how a classifier's images are normalised, or the parts do not fit.
+        ValueError: nobody says how a classifier's images are normalized, or the parts do not fit.
     """
     if isinstance(model, Target):
         return model
@@ -88,7 +88,7 @@ def as_target(
     if hasattr(purifier, "purify"):
         purifier = _purify_01(purifier, sigma)
     if isinstance(model, PreTrainedModel):
-        mean, std = _normalisation(model, image_mean, image_std)
+        mean, std = _normalization(model, image_mean, image_std)
         plain = ClassifierTarget(name, model, mean, std)
         if purifier is None:
             return plain
@@ -308,14 +308,14 @@ def _processor(target: Target) -> Any:
     raise ValueError(f"{target.name}: who makes [0, 1] images of this data? pass processor=, or tensors")
 
 
-def _normalisation(model: PreTrainedModel, mean: Any, std: Any) -> tuple[Sequence[float], Sequence[float]]:
+def _normalization(model: PreTrainedModel, mean: Any, std: Any) -> tuple[Sequence[float], Sequence[float]]:
     mean, std = mean or getattr(model.config, "image_mean", None), std or getattr(model.config, "image_std", None)
     if (mean is None or std is None) and model.config.name_or_path:
         processor = AutoImageProcessor.from_pretrained(model.config.name_or_path, backend="pil")
         mean, std = mean or processor.image_mean, std or processor.image_std
     if mean is None or std is None:
         raise ValueError(
-            f"{type(model).__name__} does not say how its images are normalised: pass image_mean and image_std"
+            f"{type(model).__name__} does not say how its images are normalized: pass image_mean and image_std"
         )
     return mean, std
 

@@ -1,6 +1,6 @@
 """Randomized smoothing with the NIM denoiser: a certificate for every image, no attack involved (Cohen et al. 2019).
 
-The smoothing noise is the defence's own noise, so it is added once. The certificate holds for the majority vote over
+The smoothing noise is the defense's own noise, so it is added once. The certificate holds for the majority vote over
 that noise, at L2 radii in [0, 1] pixel units, with probability 1 - alpha per image.
 """
 

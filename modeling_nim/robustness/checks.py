@@ -38,7 +38,7 @@ def inspect_target(target: Target, images_01: torch.Tensor) -> dict[str, bool]:
 def check_processor(name: str, model: nn.Module, processor: Any) -> None:
     """ValueError where the processor beside the weights and the model's configuration want different images.
 
-    `pipeline()` runs the processor, attacks run the model on [0, 1] images that it normalises with its configuration:
+    `pipeline()` runs the processor, attacks run the model on [0, 1] images that it normalizes with its configuration:
     where these two differ, one of the results is wrong.
     """
     config = model.config
@@ -52,7 +52,7 @@ def check_processor(name: str, model: nn.Module, processor: Any) -> None:
         return  # the processor alone says how its images look
     for key, own, theirs in (("image_mean", mean, processor.image_mean), ("image_std", std, processor.image_std)):
         if not getattr(processor, "do_normalize", True):
-            raise ValueError(f"{name}: its configuration has {key} {list(own)}, its processor does not normalise")
+            raise ValueError(f"{name}: its configuration has {key} {list(own)}, its processor does not normalize")
         if max(abs(a - b) for a, b in zip(own, theirs, strict=True)) > 1e-4:
             raise ValueError(f"{name}: its configuration has {key} {list(own)}, its processor {list(theirs)}: mend one")
     is_purified = hasattr(config, "purifier_config")

@@ -1,6 +1,6 @@
 """Where every random number of an evaluation comes from.
 
-A number is named by (seed, image id, purpose, indices) and by nothing else. So the attacker, the defence and the
+A number is named by (seed, image id, purpose, indices) and by nothing else. So the attacker, the defense and the
 scoring never share a draw, and a result does not depend on the batch an image is in, on how many processes there are,
 or on where a run was interrupted. The global generators are neither read nor advanced. Why training has other names is
 said in `data.randomness`.

@@ -21,12 +21,12 @@ THREAT_NAMES = {
     "gray_box": "gray-box",
     "black_box": "black-box",
 }
-# colours that stay apart for colour-blind readers (Okabe & Ito, and a grey)
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+# colors that stay apart for color-blind readers (Okabe & Ito, and a gray)
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 
 
 def accuracy_against_sigma(records: Sequence[Record]) -> Figure:
-    """Figure 7: clean and robust accuracy of one defence against its sigma, with 95% intervals.
+    """Figure 7: clean and robust accuracy of one defense against its sigma, with 95% intervals.
 
     Takes `records.read_records`: of the model with the most sigmas, the attack and budget made at the most of them,
     on the images that all of these met, so that the points of a curve can be compared. Undefended models are horizontal
@@ -60,20 +60,20 @@ def accuracy_against_sigma(records: Sequence[Record]) -> Figure:
     axes = figure.subplots()
     curves = [("no attack", "clean"), *((name, threat) for threat, name in THREAT_NAMES.items())]
     undefended = list(dict.fromkeys(key[0] for key in shown if key[1] is None))
-    for (name, threat), colour in zip(curves, ("#000000", *COLOURS), strict=False):
+    for (name, threat), color in zip(curves, ("#000000", *COLORS), strict=False):
         keys = sorted((key for key in own if key[4] == threat), key=lambda key: key[1])
         points = [point(key) for key in keys]
         if not points:
             continue
         x = [key[1] for key in keys]
         low, high = zip(*(interval for _, interval in points), strict=True)
-        axes.plot(x, [mean for mean, _ in points], marker="o", markersize=4, color=colour, label=f"{model}: {name}")
-        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(x, [mean for mean, _ in points], marker="o", markersize=4, color=color, label=f"{model}: {name}")
+        axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
         for other, style in zip(undefended, (":", "-.", "--"), strict=False):
             key = next((key for key in shown if key[0] == other and key[4] == threat), None)
             if key is not None and point(key) is not None:
-                axes.axhline(point(key)[0], color=colour, linestyle=style, linewidth=1, label=f"{other}: {name}")
-    axes.set(xlabel="sigma of the defence (0..255)", ylabel="accuracy (%)", ylim=(0, 100.5))
+                axes.axhline(point(key)[0], color=color, linestyle=style, linewidth=1, label=f"{other}: {name}")
+    axes.set(xlabel="sigma of the defense (0..255)", ylabel="accuracy (%)", ylim=(0, 100.5))
     axes.set_title(f"{attack}, epsilon {epsilon:g}/255; {len(common)} images, bands are 95% intervals", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
@@ -87,13 +87,13 @@ def _is(row: Entry, attack: tuple[str, float, str], model: tuple[str, Any]) -> b
 def accuracy_of_models(rows: Sequence[Entry]) -> Figure:
     """Figure 5: clean and robust accuracy of several models, one group of bars per model, with 95% intervals.
 
-    Shows the attacks that most of the models met, as many as there are colours. The title says on how many images, the
+    Shows the attacks that most of the models met, as many as there are colors. The title says on how many images, the
     legend where an attack met fewer.
     """
     attacked = [row for row in rows if row["name"] != "none"]
     if not attacked:
         raise ValueError("accuracy of models needs records of an attack")
-    # of a defence at several sigmas, the one that met the most attacks
+    # of a defense at several sigmas, the one that met the most attacks
     met: dict[tuple, int] = defaultdict(int)
     for row in attacked:
         met[row["model"], row["sigma"]] += row["num_images"]
@@ -102,7 +102,7 @@ def accuracy_of_models(rows: Sequence[Entry]) -> Figure:
     for row in attacked:
         if (row["model"], row["sigma"]) in models:
             by_attack[row["name"], row["epsilon_255"], row["threat_model"]].add((row["model"], row["sigma"]))
-    shown = sorted(by_attack, key=lambda key: (-len(by_attack[key]), key[1]))[: len(COLOURS) - 1]
+    shown = sorted(by_attack, key=lambda key: (-len(by_attack[key]), key[1]))[: len(COLORS) - 1]
     # budgets of an attack side by side
     series = [
         ("none", 0.0, "clean"),
@@ -128,7 +128,7 @@ def accuracy_of_models(rows: Sequence[Entry]) -> Figure:
             if row is None:
                 continue
             x = position + (index - (len(series) - 1) / 2) * width
-            axes.bar(x, row["accuracy"], width, color=COLOURS[index], label=label)
+            axes.bar(x, row["accuracy"], width, color=COLORS[index], label=label)
             label = None  # named once
             low, high = row["ci95"]
             error = [[max(0, row["accuracy"] - low)], [max(0, high - row["accuracy"])]]
@@ -171,11 +171,11 @@ def reconstruction_loss(records: Sequence[Entry], with_deviation: bool | None = 
     for index, (model, by_sigma) in enumerate(losses.items()):
         sigmas = sorted(by_sigma)
         mean = np.array([np.mean(by_sigma[sigma]) for sigma in sigmas])
-        axes.plot(sigmas, mean, marker="o", markersize=4, color=COLOURS[index % len(COLOURS)], label=model)
+        axes.plot(sigmas, mean, marker="o", markersize=4, color=COLORS[index % len(COLORS)], label=model)
         if with_deviation:
             deviation = np.array([np.std(by_sigma[sigma]) for sigma in sigmas])
             axes.fill_between(
-                sigmas, mean - deviation, mean + deviation, color=COLOURS[index % len(COLOURS)], alpha=0.15, linewidth=0
+                sigmas, mean - deviation, mean + deviation, color=COLORS[index % len(COLORS)], alpha=0.15, linewidth=0
             )
     number = len(next(iter(next(iter(losses.values())).values())))
     suffix = "; bands: standard deviation over images" if with_deviation else ""
@@ -221,9 +221,9 @@ def panel(
 def defenses(
     entries: Sequence[Entry], pixels: dict[str, torch.Tensor], class_names: Sequence[str], sigma: float = 30
 ) -> Figure:
-    """Figure 4: for each defence, the degraded image and the reconstructions of the clean and of the attacked image.
+    """Figure 4: for each defense, the degraded image and the reconstructions of the clean and of the attacked image.
 
-    Each defence met an attack of its own. Of one with several sigmas the nearest to `sigma` is shown. Captions as in
+    Each defense met an attack of its own. Of one with several sigmas the nearest to `sigma` is shown. Captions as in
     `panel`.
     """
     chosen: dict[str, tuple] = {}
@@ -245,7 +245,7 @@ def defenses(
         ]
     figure = _grid(entries, pixels, class_names, columns)
     attacked = next(entry for entry in entries if entry["kind"] == "attacked")
-    title = f"{_attack_line(attacked)}, each defence attacked on its own"
+    title = f"{_attack_line(attacked)}, each defense attacked on its own"
     figure.suptitle(title + "\nunder the images: prediction (confidence), one draw", fontsize=9)
     return figure
 
@@ -323,9 +323,9 @@ def certified_accuracy(certificates: Sequence[Certificate]) -> Figure:
         curve = [100 * np.mean(correct >= radius) for radius in radii]
         number = members[0].num_draws
         label = f"{model}, sigma {sigma:g}/255 ({len(members)} images, {number:,} draws)"
-        axes.plot(radii, curve, color=COLOURS[index % len(COLOURS)], label=label)
+        axes.plot(radii, curve, color=COLORS[index % len(COLORS)], label=label)
         limit = certified_radius(number, number, sigma, members[0].alpha)
-        axes.axvline(limit, color=COLOURS[index % len(COLOURS)], linestyle=":", linewidth=1)
+        axes.axvline(limit, color=COLORS[index % len(COLORS)], linestyle=":", linewidth=1)
     axes.set(
         xlabel="L2 radius ([0, 1] pixel units)", ylabel="certified accuracy (%)", ylim=(0, 101), xlim=(0, radii[-1])
     )

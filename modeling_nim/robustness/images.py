@@ -122,8 +122,8 @@ def check_images(images_01: torch.Tensor) -> torch.Tensor:
     low, high = float(images_01.min()), float(images_01.max())
     if not (0 <= low and high <= 1):  # NaN fails both
         raise ValueError(
-            f"images_01 has values in [{low:g}, {high:g}]: attacks move in [0, 1], before any normalisation; "
-            "let the model normalise inside"
+            f"images_01 has values in [{low:g}, {high:g}]: attacks move in [0, 1], before any normalization; "
+            "let the model normalize inside"
         )
     return images_01
 

@@ -33,7 +33,7 @@ class Job:
 def plan_jobs(plan: Protocol, targets: Sequence[Target], num_images: int) -> list[Job]:
     """All jobs in the order of their records: model by model, the control first.
 
-    A model without a defence has no draw to be unaware of: it is attacked in the white-box and black-box settings, and
+    A model without a defense has no draw to be unaware of: it is attacked in the white-box and black-box settings, and
     by transfer. EOT and known draws mean nothing to it either.
     """
     for attack in plan.attacks:

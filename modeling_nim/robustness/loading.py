@@ -1,4 +1,4 @@
-"""Models as users run them: the model and the normalisation of its `pipeline("image-classification", ...)`."""
+"""Models as users run them: the model and the normalization of its `pipeline("image-classification", ...)`."""
 
 import hashlib
 import warnings

@@ -29,8 +29,8 @@ class AttackRecipe:
 
     - `attack`: a row of `attacks.ATTACKS`, or a function of one's own as `package.module:function` (in Python the
       function itself), with `arguments`.
-    - `threat_models`: `white_box` (exact gradients through the defence, not the draw), `white_box_known_draw` (the
-      scored draw as well), `gray_box` (the classifier, unaware of the defence), `black_box` (answers only).
+    - `threat_models`: `white_box` (exact gradients through the defense, not the draw), `white_box_known_draw` (the
+      scored draw as well), `gray_box` (the classifier, unaware of the defense), `black_box` (answers only).
     - `epsilon_255`: of the norm, on 0..255.
     - `models`, `sigmas`: restrict the attack to these models (by name) and these sigmas of the defended ones.
     - `num_images`, `seeds`: fewer than the run's.
@@ -233,7 +233,7 @@ def _find_loss(loss: str | Callable[[torch.Tensor, torch.Tensor], torch.Tensor])
 class EvaluatedModelRecipe:
     """A model to evaluate: `path` (purified, or any image classifier of transformers), or `purifier` and `classifier`.
 
-    `sigma` of the defence: a number, a specification, or a list of them; None means the model's own.
+    `sigma` of the defense: a number, a specification, or a list of them; None means the model's own.
     `without_purifier` evaluates the classifier inside a purified model alone.
     `classifier_image_size`, `_mean`, `_std` say what a classifier behind a purifier expects where its files do not.
     `trust_remote_code` runs the Python code beside the weights: only for a repository whose code was read.

@@ -1,7 +1,7 @@
 """What an evaluation writes down: a record per image, attack and seed, a row per table line, a certificate per image.
 
 The same name means the same thing in all of them: `attack` is the kind of attack and `name` its label, `sigma` is a
-number on 0..255, or a text where the defence has no such number ("uniform(0, 30)", "mask"), or None without a defence.
+number on 0..255, or a text where the defense has no such number ("uniform(0, 30)", "mask"), or None without a defense.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ Sigma = float | str | None
 
 
 def sigma_value(sigma: str | float | None) -> Sigma:
-    """A defence's sigma as records name it: a number where it is one."""
+    """A defense's sigma as records name it: a number where it is one."""
     if not isinstance(sigma, str):
         return sigma
     try:

@@ -21,7 +21,7 @@ from .oracle import decide, rows_per_pass, target_forward
 from .protocols import Protocol
 from .record_file import RecordFile, Unit, plan_units, run_settings
 from .records import Record, model_key, sigma_value
-from .summary import Summary, summarise
+from .summary import Summary, summarize
 from .targets import Target
 
 
@@ -134,7 +134,7 @@ class AttackRun:
             seconds[group] = seconds.get(group, 0.0) + spent
             if job.attack is not None:
                 attacks[group] = {"kind": job.kind} | job.attack.settings(job.epsilon_255)
-        found = summarise(records.read_here(), attacks, self.models, seconds)
+        found = summarize(records.read_here(), attacks, self.models, seconds)
         named = [
             asdict(attack) | {"attack": function_name(attack.attack), "loss": function_name(attack.loss)}
             for attack in self.plan.attacks

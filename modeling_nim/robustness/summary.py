@@ -29,7 +29,7 @@ class Summary:
         }
 
 
-def summarise(
+def summarize(
     records: Sequence[Record],
     attacks: dict[tuple, dict[str, Any]],
     models: dict[str, dict[str, Any]],
@@ -99,7 +99,7 @@ def _pooled(members: Sequence[Record]) -> dict[str, bool]:
 def _worst_case(groups: dict[tuple, list[Record]], attacks: dict[tuple, dict[str, Any]]) -> list[dict[str, Any]]:
     """Per model and budget, the images whose majority vote withstands every attack that was made on all of them.
 
-    The attacker who knows the draw is left out: no deployed defence meets one.
+    The attacker who knows the draw is left out: no deployed defense meets one.
     """
     families: dict[tuple, dict[str, dict[str, bool]]] = defaultdict(dict)
     for group, members in groups.items():

@@ -1,6 +1,6 @@
 """What is attacked: a function of [0, 1] images whose randomness is an argument.
 
-Attacks see `Target` alone, so that a defence, a plain classifier and a toy with a known answer are attacked by the same
+Attacks see `Target` alone, so that a defense, a plain classifier and a toy with a known answer are attacked by the same
 code.
 """
 
@@ -28,7 +28,7 @@ class Target(nn.Module):
     """
 
     name: str = "model"
-    sigma: str | None = None  # None: there is no defence
+    sigma: str | None = None  # None: there is no defense
     is_random: bool = False
     patch_size: int | None = None  # of the purifier, for the patch-mean attack
     rows_per_decision: int = 1  # forward passes of one decision (the votes), for the micro-batch and the cost
@@ -42,7 +42,7 @@ class Target(nn.Module):
         raise NotImplementedError
 
     def classifier_logits(self, images_01: torch.Tensor) -> torch.Tensor:
-        """What a gray-box attacker differentiates: the classifier, unaware of the defence."""
+        """What a gray-box attacker differentiates: the classifier, unaware of the defense."""
         return self.logits(images_01, {})
 
     def features(self, images_01: torch.Tensor) -> torch.Tensor:
@@ -118,7 +118,7 @@ class PurifiedTarget(_ModelTarget):
         spec = config.sigma if sigma is None else sigma
         parse_sigma(spec)
         self.sigma = "mask" if self.masks else f"{spec:g}" if isinstance(spec, (int, float)) else str(spec)
-        # sigma 0 still draws noise, and multiplies it by zero: such a defence is deterministic
+        # sigma 0 still draws noise, and multiplies it by zero: such a defense is deterministic
         self.is_random = self.masks or parse_sigma(spec) != parse_sigma(0)
         self.rows_per_decision = self.num_votes
 
@@ -144,7 +144,7 @@ class PurifiedTarget(_ModelTarget):
 
     @torch.no_grad()
     def stages(self, images_01: torch.Tensor, seeds: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What the defence sees on its way, for one vote: degraded and purified images in [0, 1] units, and logits."""
+        """What the defense sees on its way, for one vote: degraded and purified images in [0, 1] units, and logits."""
         pixel_values = normalize(images_01, self.image_mean, self.image_std)
         generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
         output = self.model(pixel_values, sigma=self._sigma, generator=generators, num_votes=1)

@@ -66,7 +66,7 @@ class DefendedLogits(nn.Module):
         return (torch.randn(batch_size, *shape), *draws)
 
     def describe(self, noise: Literal["inside", "input"]) -> dict[str, Any]:
-        """How images are prepared, what the classes are called, and what the defence does."""
+        """How images are prepared, what the classes are called, and what the defense does."""
         config = self.model.config
         return {
             "image_size": config.image_size,

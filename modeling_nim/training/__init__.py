@@ -1,1 +1,1 @@
-"""Training: recipes, optimiser groups, schedule, checkpoints and the progress line."""
+"""Training: recipes, optimizer groups, schedule, checkpoints and the progress line."""

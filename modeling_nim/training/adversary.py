@@ -24,7 +24,7 @@ class AdversaryRecipe:
     - `trains`: with `images: denoised`, which parts learn; the gradients pass through the other one.
     - `targets: labels`, or `clean_answer`: what the classifier says of the clean image, for a frozen one (AToP, Lin et
       al. 2024, and the stability objective of Salman et al. 2020).
-    - `reconstruction_weight` times the mean squared error between purified and clean image, both normalised, is added.
+    - `reconstruction_weight` times the mean squared error between purified and clean image, both normalized, is added.
     """
 
     # fgsm is one step from a random start, pgd are `steps` of them; none trains on clean images
@@ -54,7 +54,7 @@ class AdversaryRecipe:
 
 
 def epsilon_255_at(step: int, recipe: AdversaryRecipe, plan: Plan) -> float:
-    """The attacker's budget at optimiser step `step`, counted from 0; 0 means that nobody attacks."""
+    """The attacker's budget at optimizer step `step`, counted from 0; 0 means that nobody attacks."""
     if recipe.attack == "none":
         return 0.0
     warmup_steps = recipe.warmup_epochs * plan.steps_per_epoch

@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent, named by the optimiser step, the newest few kept.
+"""Checkpoints that are complete or absent, named by the optimizer step, the newest few kept.
 
 A checkpoint is written under a temporary name, gets a manifest of its files with their hashes, and is renamed last.
 What cannot be read back (a full disk, a torn copy) is found by the manifest, and the checkpoint before it is used
@@ -48,7 +48,7 @@ def save_checkpoint(
     keep: int,
     average: AveragedModel | None = None,
 ) -> str:
-    """Save everything Accelerate knows (weights, optimiser, random states) and the JSON-able `state` as one checkpoint.
+    """Save everything Accelerate knows (weights, optimizer, random states) and the JSON-able `state` as one checkpoint.
 
     Every process must call it. `settings` are what the run's numbers follow from (`settings.decisive_settings`),
     `average` is the moving average of the weights, if there is one. Returns the checkpoint's path; older ones beyond

@@ -149,7 +149,7 @@ class Finetuning:
         return loss
 
     def predict(self, model: nn.Module, images_01: torch.Tensor, indices: np.ndarray) -> torch.Tensor:
-        """Logits in validation, at the defence's own sigma; an image meets the same noise every time.
+        """Logits in validation, at the defense's own sigma; an image meets the same noise every time.
 
         `model` is the trained one or a moving average of it.
         """

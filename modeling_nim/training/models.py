@@ -81,7 +81,7 @@ def make_config(recipe: ModelRecipe) -> PreTrainedConfig:
 
 
 def make_pretraining_model(recipe: ModelRecipe) -> PreTrainedModel:
-    """A freshly initialised model for pre-training, from the global random state."""
+    """A freshly initialized model for pre-training, from the global random state."""
     config = make_config(recipe)
     require_rgb(config)
     return ARCHITECTURES[recipe.architecture][1](config)

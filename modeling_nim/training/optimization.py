@@ -1,4 +1,4 @@
-"""The optimiser's side of a recipe: batch, learning rate, weight decay, layer decay, moving average.
+"""The optimizer's side of a recipe: batch, learning rate, weight decay, layer decay, moving average.
 
 Small pure functions; the loops in the scripts call them step by step.
 """
@@ -24,7 +24,7 @@ BatchSize = Annotated[int, Bounds(least=1, most=2**24)]
 class OptimizationRecipe:
     """The `optimization` section of a training recipe.
 
-    `batch_size` is the global batch that the recipe was made for: images per optimiser step, over all processes and
+    `batch_size` is the global batch that the recipe was made for: images per optimizer step, over all processes and
     accumulated micro-batches. Left alone, every process takes its share of it. With `per_device_batch_size` the global
     batch follows from the machines instead, and the learning rate with it (linear scaling rule, Goyal et al. 2017):
     `base_learning_rate` * global batch / `base_batch_size`.
@@ -76,7 +76,7 @@ class OptimizationRecipe:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe comes to on the machines at hand; lengths in optimiser steps."""
+    """What a recipe comes to on the machines at hand; lengths in optimizer steps."""
 
     per_device_batch_size: int
     global_batch_size: int
@@ -157,7 +157,7 @@ def multistep_learning_rate(
 
 
 def learning_rate_at(step: int, recipe: OptimizationRecipe, plan: Plan) -> float:
-    """The rate of optimiser step `step`, counted from 0; set by hand, because a prepared scheduler counts processes."""
+    """The rate of optimizer step `step`, counted from 0; set by hand, because a prepared scheduler counts processes."""
     peak, warmup = plan.peak_learning_rate, plan.warmup_steps
     if recipe.schedule == "multistep":
         decay_steps = [epoch * plan.steps_per_epoch for epoch in recipe.decay_epochs]
@@ -247,7 +247,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 def make_average(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of the weights, `decay` per optimiser step; `.module` is the averaged model."""
+    """An exponential moving average of the weights, `decay` per optimizer step; `.module` is the averaged model."""
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
     return average.requires_grad_(False).eval()
 

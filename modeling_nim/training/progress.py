@@ -89,7 +89,7 @@ class Reporter:
             yield batch
 
     def add_step(self, micro_losses: list[torch.Tensor], num_images: int) -> None:
-        """Count one optimiser step: the losses of its micro-batches in this process, its images in all processes."""
+        """Count one optimizer step: the losses of its micro-batches in this process, its images in all processes."""
         self.losses.append(torch.stack([loss.float() for loss in micro_losses]).mean())
         self.num_images += num_images
         self.step_ended = time.perf_counter()

@@ -3,7 +3,7 @@
     python scripts/bench/loader.py [--path FOLDER_OF_PARQUET --split validation] [--output outputs/bench/loader.json]
 
 Without a path the photos are the two that come with scikit-learn, at ImageNet's usual 500 pixels. `plain` opens,
-converts to RGB, crops, resizes (bicubic), makes a float tensor and normalises. `ours` is what a loader worker does,
+converts to RGB, crops, resizes (bicubic), makes a float tensor and normalizes. `ours` is what a loader worker does,
 from the stored bytes to the flipped uint8 batch; `ours_normalized` adds on the same core what a training step does on
 the device.
 """

@@ -3,9 +3,9 @@
     python scripts/bench/pretrain.py [--size base --image_size 224 --batch_size 256] [--output bench/pretrain.json]
 
 Without options: ViT-B/16 at 224 in bf16, compiled, where there is a GPU; "tiny" at 64 pixels in float32 on a CPU.
-`ours` is a full step as run_pretrain.py takes it: uint8 batch, draws, normalisation, forward, backward, fused AdamW,
+`ours` is a full step as run_pretrain.py takes it: uint8 batch, draws, normalization, forward, backward, fused AdamW,
 under Accelerate. `bare` is the model's forward and backward alone, in the same precision; `eager_float32` a plain loop
-in float32 without compilation, with an unfused optimiser.
+in float32 without compilation, with an unfused optimizer.
 """
 
 import argparse

@@ -294,7 +294,7 @@ def imagenet() -> Study:
         Row(("NIM-MAE", sigma), attack, "nim_mae_neurips", model, sigma)
         for model, sigma in (("undefended", None), ("defended", 70), ("defended", 140))
     ]
-    title, labels = "Table 1: MIM and NIM, with and without the defence", ("system", "defence")
+    title, labels = "Table 1: MIM and NIM, with and without the defense", ("system", "defense")
     tables = [
         Table(title, labels, PAPER_COLUMNS, table_1(lab, [row[0] for row in TABLE_1])),
         *ablations(lab, None, None),
@@ -346,7 +346,7 @@ def cifar10(full: bool = False) -> Study:
     step = attack("attack", [nim, denoised], models, "nim_mae_sigma_50")
     rows.append(Row(("NIM-MAE", "sigma 50"), step, "nim_mae_sigma_50", "defended", 50))
 
-    # normalised patches, scaled back with the mean and variance of the image or of the noisy image
+    # normalized patches, scaled back with the mean and variance of the image or of the noisy image
     statistics, normalized = [], {}
     attacks = {"raw pixels": ("nim_mae", lab.attack("nim_mae", nim, denoised, "30"))}
     for kind, target in (("input", "statistics of the input"), ("noisy", "statistics of the noisy image")):
@@ -355,7 +355,7 @@ def cifar10(full: bool = False) -> Study:
         purifier = untimed.pretrain("nim_mae", name=f"nim_mae-{kind}_statistics", config=config)
         normalized[kind] = [purifier, untimed.finetune(purifier, sigma="uniform(0, 30)")]
         result = f"{kind}_statistics"
-        attacks[f"normalised, {target}"] = (result, lab.attack(result, *normalized[kind], "30"))
+        attacks[f"normalized, {target}"] = (result, lab.attack(result, *normalized[kind], "30"))
     for target, (result, step) in attacks.items():
         statistics.append(Row((target, "-"), step, result, "undefended", None))
         statistics.append(Row((target, "sigma 30"), step, result, "defended", 30))
@@ -367,7 +367,7 @@ def cifar10(full: bool = False) -> Study:
     votes = [Row((n,), step, "votes", f"{n} vote{'' if n == 1 else 's'}", 30) for n in (1, 8, 32)]
     step = attack("attack_eot", [nim, denoised, *normalized["input"]])
     eot = [Row(("raw pixels", "sigma 30"), step, "eot", "defended", 30)]
-    eot.append(Row(("normalised, statistics of the input", "sigma 30"), step, "eot", "statistics of the input", 30))
+    eot.append(Row(("normalized, statistics of the input", "sigma 30"), step, "eot", "statistics of the input", 30))
 
     sigmas = ("25", "75", "150", "uniform(0, 150)", "gamma(15, 3)", SIGMA)
     purifiers = {sigma: short.pretrain("nim_mae", sigma) for sigma in sigmas}
@@ -383,14 +383,14 @@ def cifar10(full: bool = False) -> Study:
     ]
     table_1_columns = (*PAPER_COLUMNS, "white_box_2", "white_box_8", "gray_box_2", "gray_box_8")
     table_1_columns += ("black_box_2", "black_box_8")
-    system, target = ("system", "defence"), ("target", "defence")
+    system, target = ("system", "defense"), ("target", "defense")
     tables = [
-        Table("Table 1: MIM and NIM, with and without the defence", system, table_1_columns, rows),
+        Table("Table 1: MIM and NIM, with and without the defense", system, table_1_columns, rows),
         *ablations(short, sigmas, ("0", "30", "uniform(0, 30)", "uniform(0, 60)")),
         Table("Patch statistics: what is denoised and what the result is scaled back with", target, both, statistics),
         Table("The purifier before a classifier that was never fine-tuned on its images", system, both, unseen),
         Table(
-            "Votes: draws that are averaged for one answer, by the defence and by the attacker",
+            "Votes: draws that are averaged for one answer, by the defense and by the attacker",
             ("votes",),
             ("clean", "white_box"),
             votes,
@@ -402,7 +402,7 @@ def cifar10(full: bool = False) -> Study:
             eot,
         ),
         Table(
-            "Figure 5: no defence, fine-tuned on original images",
+            "Figure 5: no defense, fine-tuned on original images",
             ("system",),
             ("clean", "white_box_2", "white_box"),
             undefended,

@@ -56,7 +56,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = ROOT / "model_cards" / "TEMPLATE.md"
 KINDS = {"ForPreTraining": "denoiser", "NIMPurified": "purified", "ForImageClassification": "classifier"}
 SCRIPTS = {"pretrain": "run_pretrain", "finetune": "run_finetune", "attack": "run_attack", "certify": "run_certify"}
-# Sections of a recipe that say how a run was executed, not what was learnt.
+# Sections of a recipe that say how a run was executed, not what was learned.
 EXECUTION_KEYS = ("output_dir", "execution", "checkpoints", "logging", "pictures", "reconstruction")
 
 
@@ -281,7 +281,7 @@ def metric_name(row: dict[str, Any]) -> str:
 
 
 def metric_arguments(row: dict[str, Any]) -> dict[str, Any]:
-    """The attack, the defence's randomness and the interval: what the value means nothing without."""
+    """The attack, the defense's randomness and the interval: what the value means nothing without."""
     arguments = {key: row[key] for key in ("attack", "threat_model", "epsilon_255")}
     if row["sigma"] is not None:
         arguments["sigma_255"] = row["sigma"]

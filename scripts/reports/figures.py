@@ -5,11 +5,11 @@
 
 | file | figure of the paper | from |
 |---|---|---|
-| panel.png | 4: clean and attacked images through the defence | pictures.json, pictures.safetensors |
-| defenses.png | 4: several defences beside one another | pictures.json, pictures.safetensors |
+| panel.png | 4: clean and attacked images through the defense | pictures.json, pictures.safetensors |
+| defenses.png | 4: several defenses beside one another | pictures.json, pictures.safetensors |
 | degradations.png | 8: noisy and reconstructed images | pictures.json, pictures.safetensors |
 | models.png | 5: clean and robust accuracy of several models | summary.json |
-| sigma_curve.png | 7: accuracy against the sigma of the defence | records.jsonl |
+| sigma_curve.png | 7: accuracy against the sigma of the defense | records.jsonl |
 | reconstruction.png | 6 (3 for up to four purifiers): reconstruction loss against sigma | reconstruction.jsonl |
 | reconstruction_fixed.png | 3: of more, those named by one sigma, and the last | reconstruction.jsonl |
 | certified.png | certified accuracy against the radius | certificates.jsonl |
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--sigma",
         type=float,
         default=75,
-        help="which sigma of a defence panel and defenses show: the nearest; default 75",
+        help="which sigma of a defense panel and defenses show: the nearest; default 75",
     )
     parser.add_argument("--dpi", type=int, default=140, help="dots per inch; default 140")
     arguments = parser.parse_args(argv)

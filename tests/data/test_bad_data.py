@@ -85,7 +85,7 @@ def odd_images():
         "two pages": (encoded(frames[0], "TIFF", save_all=True, append_images=frames[1:]), 0),
         "palette": (encoded(palette, "PNG", transparency=3), 9),
         "transparent": (encoded(photo().convert("RGBA"), "PNG"), 0),
-        "grey and alpha": (encoded(photo().convert("LA"), "PNG"), 80),
+        "gray and alpha": (encoded(photo().convert("LA"), "PNG"), 80),
         "cmyk jpeg": (encoded(cmyk), 6),
         "cmyk tiff": (encoded(cmyk, "TIFF"), 2),
         "progressive": (encoded(progressive=True, quality=95), 4),

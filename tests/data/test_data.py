@@ -206,7 +206,7 @@ def test_both_decoders_turn_photos_upright(orientation):
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA", "LA"])
-def test_every_colour_mode_becomes_rgb(mode):
+def test_every_color_mode_becomes_rgb(mode):
     content = encoded(photo().convert(mode), "JPEG" if mode in ("L", "CMYK") else "PNG")
     expected = decode_rgb(content, "x")
     assert expected.mode == "RGB"
@@ -220,7 +220,7 @@ RAMP = np.arange(65536, dtype=np.uint16).reshape(256, 256)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM", "JPEG2000"])
-def test_16_bit_grey_keeps_its_ramp(kind):
+def test_16_bit_gray_keeps_its_ramp(kind):
     content = encoded(Image.fromarray(RAMP), kind)
     expected = np.repeat(np.rint(RAMP / 257).astype(np.uint8)[..., None], 3, axis=2)
     assert (np.asarray(decode_rgb(content, "ramp")) == expected).all()
@@ -363,7 +363,7 @@ def test_windows_have_the_area_and_ratio_asked_for():
     assert 0.19 < share.min() and share.max() <= 1
     assert 0.74 < ratio.min() and ratio.max() < 1.35
     assert (top >= 0).all() and (top + height <= 300).all() and (left >= 0).all() and (left + width <= 400).all()
-    assert random_window(10, 400, numbers[0], (0.9, 1.0)) == (0, 193, 10, 13)  # nothing fits: centred, 4:3
+    assert random_window(10, 400, numbers[0], (0.9, 1.0)) == (0, 193, 10, 13)  # nothing fits: centerd, 4:3
 
 
 def test_padded_crop_moves_the_image_under_a_black_border():

@@ -49,7 +49,7 @@ def app():
 
 @pytest.fixture(scope="module")
 def model_dirs(tmp_path_factory):
-    """A purified model for the ten digits and a classifier without defence, random weights."""
+    """A purified model for the ten digits and a classifier without defense, random weights."""
     folder = tmp_path_factory.mktemp("space")
     torch.manual_seed(0)
     labels = {"id2label": {index: f"digit {index}" for index in range(10)}}
@@ -145,7 +145,7 @@ def test_the_share_of_fresh_draws_is_counted_and_speaks_beside_an_unlucky_one(ap
     system = page.models("purified").defended
     images_01 = app._images_01(system.processor, digit)
     with torch.no_grad():
-        answer = system.logits(images_01, sigma_255=60, generator=app._generator(3, "defence"), votes=2).argmax()
+        answer = system.logits(images_01, sigma_255=60, generator=app._generator(3, "defense"), votes=2).argmax()
         fresh = [
             system.logits(images_01, sigma_255=60, generator=app._generator(3, "fresh", draw), votes=2).argmax()
             for draw in range(20)
@@ -154,7 +154,7 @@ def test_the_share_of_fresh_draws_is_counted_and_speaks_beside_an_unlucky_one(ap
     assert f"({held} without the attack)" in rows["defended"]["verdict"]
     assert "Of 20 fresh draws" in rows["defended"]["verdict"] and "fresh" not in rows["undefended"]["verdict"]
     seeds = {app._generator(seed, "fresh", draw).initial_seed() for seed in range(3) for draw in range(20)}
-    others = {app._generator(seed, p).initial_seed() for seed in range(3) for p in ("defence", "attack", "start")}
+    others = {app._generator(seed, p).initial_seed() for seed in range(3) for p in ("defense", "attack", "start")}
     assert len(seeds) == 60 and not seeds & others
 
 

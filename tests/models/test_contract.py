@@ -83,7 +83,7 @@ def defended(name: str, **fields) -> NIMPurifiedImageClassification:
 
 @pytest.mark.parametrize("votes", [1, 3])
 @pytest.mark.parametrize(("name", "sigma"), [("nim_mae", "uniform(0, 90)"), ("nim_simmim", 30), ("mae", None)])
-def test_the_defence_draws_votes_one_after_the_other(name, sigma, votes, pixel_values):
+def test_the_defense_draws_votes_one_after_the_other(name, sigma, votes, pixel_values):
     model = defended(name)
     expected = model(pixel_values, sigma=sigma, num_votes=votes, generator=seeded(1, 2, 3, 4))
     draws = model.draw(4, seeded(1, 2, 3, 4), sigma, votes)
@@ -99,7 +99,7 @@ def test_the_defence_draws_votes_one_after_the_other(name, sigma, votes, pixel_v
 
 
 @pytest.mark.parametrize("votes", [1, 2])
-def test_the_defence_shows_its_stages_of_the_first_vote(votes, pixel_values):
+def test_the_defense_shows_its_stages_of_the_first_vote(votes, pixel_values):
     model = defended("nim_mae", sigma=50)
     output = model(
         pixel_values, generator=seeded(1, 2, 3, 4), num_votes=votes, output_hidden_states=True, output_attentions=True

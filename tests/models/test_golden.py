@@ -149,7 +149,7 @@ def test_learning_rate_schedules(name):
             float(epoch), schedule["peak"], schedule["min"], schedule["warmup_epochs"], schedule["epochs"]
         )
         assert found == pytest.approx(expected, rel=1e-6, abs=1e-15), epoch
-    # and as the training loop asks for it, by optimiser step
+    # and as the training loop asks for it, by optimizer step
     recipe = OptimizationRecipe(
         batch_size=4096,
         base_learning_rate=schedule["peak"] / 16,

@@ -165,7 +165,7 @@ def test_positions_are_interpolated_in_two_dimensions(classifier):
     assert logits.shape == (2, 5) and logits.isfinite().all()
 
 
-def test_the_classifier_pools_the_patches_and_normalises_after(classifier, pixel_values):
+def test_the_classifier_pools_the_patches_and_normalizes_after(classifier, pixel_values):
     tokens = classifier.vit(pixel_values).last_hidden_state  # no norm before the pooling
     expected = classifier.classifier(classifier.fc_norm(tokens[:, 1:].mean(dim=1)))
     torch.testing.assert_close(classifier(pixel_values).logits, expected)

@@ -100,7 +100,7 @@ def test_fixed_sigma_draws_nothing():
     assert torch.equal(generator.get_state(), before)
 
 
-def test_add_noise_is_equation_3_in_normalised_units():
+def test_add_noise_is_equation_3_in_normalized_units():
     images_01, epsilon = torch.rand(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     noisy = add_noise(normalize(images_01, MEAN, STD), torch.tensor([30.0, 255.0]), epsilon, STD)
     expected = images_01 + epsilon * torch.tensor([30 / 255, 1.0]).view(-1, 1, 1, 1)

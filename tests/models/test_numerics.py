@@ -94,7 +94,7 @@ def test_gradients_through_purify_agree_with_finite_differences(name):
     )
 
 
-def test_gradients_through_the_whole_defence_agree_with_finite_differences():
+def test_gradients_through_the_whole_defense_agree_with_finite_differences():
     model = NIMPurifiedImageClassification.from_parts(PURIFIERS["nim_mae"](), CLASSIFIERS["mae"]()).double()
     pixel_values = (0.3 * torch.randn(2, 3, 16, 16, dtype=torch.double)).requires_grad_()
     epsilon = torch.randn(2, 2, 3, 16, 16, dtype=torch.double)  # two votes
@@ -255,7 +255,7 @@ OTHERS = {
 @pytest.mark.parametrize("other", OTHERS)
 @every_purifier
 def test_any_classifier_of_transformers_behind_any_purifier(name, other, pixel_values):
-    """In its own size and normalisation; an attacker's gradient reaches the pixels."""
+    """In its own size and normalization; an attacker's gradient reaches the pixels."""
     purifier, classifier = PURIFIERS[name](), OTHERS[other]().eval()
     half = [0.5, 0.5, 0.5]
     model = NIMPurifiedImageClassification.from_parts(

@@ -105,12 +105,12 @@ def test_bad_arguments_are_refused(model, pixel_values, kwargs, message):
 def test_parts_that_do_not_fit_are_refused(purifier, classifier):
     with pytest.raises(ValueError, match="NIMForImageClassification cannot purify"):
         NIMPurifiedImageClassification.from_parts(classifier, classifier)
-    grey = ViTForImageClassification(ViTConfig(**TINY, num_channels=1))
+    gray = ViTForImageClassification(ViTConfig(**TINY, num_channels=1))
     with pytest.raises(ValueError, match="3 channels and the classifier takes 1"):
-        NIMPurifiedImageClassification.from_parts(purifier, grey)
+        NIMPurifiedImageClassification.from_parts(purifier, gray)
 
 
-def test_any_classifier_with_its_own_size_and_normalisation(purifier, pixel_values):
+def test_any_classifier_with_its_own_size_and_normalization(purifier, pixel_values):
     other = ViTForImageClassification(ViTConfig(**{**TINY, "image_size": 24}, num_labels=3)).eval()
     half = [0.5, 0.5, 0.5]
     model = NIMPurifiedImageClassification.from_parts(
@@ -127,23 +127,23 @@ def test_any_classifier_with_its_own_size_and_normalisation(purifier, pixel_valu
     assert model.config.num_labels == 3
 
 
-def test_a_classifier_that_does_not_state_its_normalisation_is_taken_with_a_warning(purifier, pixel_values):
+def test_a_classifier_that_does_not_state_its_normalization_is_taken_with_a_warning(purifier, pixel_values):
     resnet = ResNetForImageClassification(
         ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=2)
     ).eval()
-    with pytest.warns(UserWarning, match="ResNetForImageClassification does not say how its images are normalised"):
+    with pytest.warns(UserWarning, match="ResNetForImageClassification does not say how its images are normalized"):
         model = NIMPurifiedImageClassification.from_parts(purifier, resnet)
     assert model(pixel_values).logits.shape == (4, 2)
 
 
-def test_the_normalisation_is_found_in_the_processor_saved_with_the_classifier(purifier, tmp_path, recwarn):
+def test_the_normalization_is_found_in_the_processor_saved_with_the_classifier(purifier, tmp_path, recwarn):
     other = ViTForImageClassification(ViTConfig(**TINY))
     other.save_pretrained(tmp_path)
     config = purifier.config.__class__(**{**TINY, **TINY_DECODER}, image_mean=[0.1] * 3, image_std=[0.2] * 3)
     image_processor_for(config).save_pretrained(tmp_path)
     model = NIMPurifiedImageClassification.from_parts(purifier, ViTForImageClassification.from_pretrained(tmp_path))
     assert model.config.classifier_image_mean == [0.1] * 3 and model.config.classifier_image_std == [0.2] * 3
-    assert not [w for w in recwarn if "normalised" in str(w.message)]
+    assert not [w for w in recwarn if "normalized" in str(w.message)]
 
 
 def test_masked_purifiers_serve_too(classifier, pixel_values):
@@ -200,9 +200,9 @@ def test_classifier_whose_configuration_belongs_to_several_classes(purifier, pix
         intermediate_size=16,
         num_labels=3,
     )
-    normalisation = {"classifier_image_mean": [0.5] * 3, "classifier_image_std": [0.5] * 3}
+    normalization = {"classifier_image_mean": [0.5] * 3, "classifier_image_std": [0.5] * 3}
     for deit in (DeiTForImageClassification(config), DeiTForImageClassificationWithTeacher(config)):
-        model = NIMPurifiedImageClassification.from_parts(purifier, deit.eval(), **normalisation)
+        model = NIMPurifiedImageClassification.from_parts(purifier, deit.eval(), **normalization)
         model.save_pretrained(tmp_path)
         loaded = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
         assert type(loaded.classifier) is type(deit)
@@ -281,7 +281,7 @@ IMAGE = Image.fromarray((torch.rand(50, 70, 3) * 255).byte().numpy())
     ],
     ids=["squeezed", "cropped", "not rescaled", "to 2 and not normalized", "shortest edge", "with an offset"],
 )
-def test_the_defence_sees_what_the_classifier_s_own_processor_shows(processor, size, purifier, tmp_path):
+def test_the_defense_sees_what_the_classifier_s_own_processor_shows(processor, size, purifier, tmp_path):
     """Behind a purifier that changes nothing: processor and the step between the parts give the classifier's input."""
     resnet = ResNetForImageClassification(
         ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=2)

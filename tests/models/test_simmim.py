@@ -58,7 +58,7 @@ def test_logits_are_the_reconstruction_in_patches(pixel_values):
     torch.testing.assert_close(output.logits[1, 6], patch.permute(1, 2, 0).flatten())
 
 
-def test_masked_defence_keeps_the_visible_patches(pixel_values):
+def test_masked_defense_keeps_the_visible_patches(pixel_values):
     model = pretraining("mask")
     mask = torch.zeros(4, 16)
     mask[:, 5] = 1
@@ -202,7 +202,7 @@ def test_bad_configurations_are_refused(fields, message):
 
 
 def test_behind_the_purified_model(tmp_path, pixel_values):
-    """SimMIM parts in the defence, saved and loaded as one model."""
+    """SimMIM parts in the defense, saved and loaded as one model."""
     classifier = NIMSimMIMForImageClassification(NIMSimMIMClassifierConfig(**TINY, num_labels=3)).eval()
     torch.nn.init.normal_(classifier.classifier.weight)
     model = NIMPurifiedImageClassification.from_parts(pretraining("noise"), classifier)

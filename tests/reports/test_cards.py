@@ -178,7 +178,7 @@ def test_denoisers_and_bare_classifiers_say_what_they_are(make_cards, world):
     assert "AutoModelForPreTraining" in denoiser and "It classifies nothing" in denoiser
     assert "## Threat model" not in denoiser
     classifier = make_cards.card_of_directory(world / "finetune", "org/nim-classifier")
-    assert "no defence against adversarial images" in classifier
+    assert "no defense against adversarial images" in classifier
     assert "No results are recorded" in classifier
 
 

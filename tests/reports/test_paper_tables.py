@@ -175,7 +175,7 @@ def test_ours_stand_beside_the_papers(results, capsys):
         "7.36",
         "7.25 [6.8, 7.7]",
         "7.36",
-        "7.25 [6.8, 7.7]",  # without a defence gray-box is white-box
+        "7.25 [6.8, 7.7]",  # without a defense gray-box is white-box
         "2.44",
         "2.50 [2.1, 2.9]",
     ]
@@ -204,7 +204,7 @@ def test_steps_that_are_done_are_left_out(results, capsys):
 def test_another_data_set_stands_beside_the_papers_numbers_under_its_own_titles(capsys):
     paper_tables.main(["--dataset", "cifar10"])
     lines = capsys.readouterr().out.splitlines()
-    assert any("| system | defence | Clean paper | Clean ours | WB paper | WB 4/255 ours |" in line for line in lines)
+    assert any("| system | defense | Clean paper | Clean ours | WB paper | WB 4/255 ours |" in line for line in lines)
     assert not any("MAE, released" in line or "gamma(40, 2)" in line or "NeurIPS" in line for line in lines)
     # rows of its own stand in the paper's table, and tables of its own behind them
     larger = next(line for line in lines if line.startswith("| MAE | mask 0.75, larger MAE | 65.62 |"))

@@ -173,7 +173,7 @@ def test_figure_3_is_drawn_from_the_purifiers_of_fixed_sigma(tmp_path, monkeypat
     assert (tmp_path / "reconstruction_fixed.png").exists()
 
 
-def test_several_defences_are_shown_beside_one_another(recipe, models, tmp_path):
+def test_several_defenses_are_shown_beside_one_another(recipe, models, tmp_path):
     masked = NIMForPreTraining(NIMConfig(**TINY | {"image_size": 16}, **TINY_DECODER, degradation="mask"))
     masked.save_pretrained(tmp_path / "masked")
     image_processor_for(masked.config).save_pretrained(tmp_path / "masked")

@@ -559,7 +559,7 @@ def test_without_its_purifier_a_purified_model_is_its_classifier(purifier, class
     assert torch.equal(target.logits(x, {}), PurifiedTarget("p", model).classifier_logits(x))
 
 
-def test_eot_gradients_converge_to_the_expectation_on_the_golden_defence(tmp_path):
+def test_eot_gradients_converge_to_the_expectation_on_the_golden_defense(tmp_path):
     convert = reference.load_script("convert_checkpoint").main
     heads = ["--num_attention_heads", "4", "--decoder_num_attention_heads", "4"]
     for source, file in (("nim-mae", "nim_mae_pretrain.pt"), ("mae", "mae_finetune.pt")):

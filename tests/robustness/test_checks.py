@@ -97,7 +97,7 @@ def test_a_summary_beside_the_weights_states_an_accuracy_too(released, tmp_path,
     [
         ({"image_mean": [0.5, 0.5, 0.5]}, "image_mean .* its processor .0.5"),
         ({"image_std": [0.5, 0.5, 0.5]}, "image_std .* its processor .0.5"),
-        ({"do_normalize": False}, "its processor does not normalise"),
+        ({"do_normalize": False}, "its processor does not normalize"),
         ({"do_rescale": False}, "leaves pixels on 0..255"),
         ({"rescale_factor": 1 / 127.5}, "scales pixels by 0.00784"),
         ({"size": {"height": 28, "width": 28}, "crop_size": {"height": 28, "width": 28}}, "image_size 32.*gives 28"),

@@ -23,7 +23,7 @@ from modeling_nim.robustness.record_file import plan_units
 from modeling_nim.robustness.records import Certificate, Record
 from modeling_nim.robustness.scores import majority_is_right
 from modeling_nim.robustness.statistics import accuracy_interval, certified_radius, lower_bound, paired_p_value
-from modeling_nim.robustness.summary import summarise
+from modeling_nim.robustness.summary import summarize
 from modeling_nim.robustness.targets import PurifiedTarget
 
 
@@ -93,7 +93,7 @@ def test_the_draws_of_a_certificate_are_all_different_to_a_generator_of_32_bits(
     assert len({stream_seed(0, "a", "certify", draw) % 2**32 for draw in range(300_000)}) < 300_000  # what it is for
     assert distinct_seeds(0, "a", "certify", range(70, 90)) == seeds[70:90]
     assert distinct_seeds(0, "b", "certify", range(3)) != seeds[:3] != distinct_seeds(1, "a", "certify", range(3))
-    # neighbours are as good as independent: 200 x 1,000 products of standard normal numbers
+    # neighbors are as good as independent: 200 x 1,000 products of standard normal numbers
     normal = torch.stack([torch.randn(1000, generator=generator.manual_seed(seed)) for seed in seeds[:201]])
     assert abs(float((normal[1:] * normal[:-1]).mean())) < 4 / 200_000**0.5
     assert abs(float(normal.mean())) < 4 / 201_000**0.5 and abs(float(normal.var()) - 1) < 4 * (2 / 201_000) ** 0.5
@@ -152,7 +152,7 @@ def run(targets, attacks, x, labels, epsilons, seeds=(0,), num_draws=3):
                     group = lines[0].group
                     settings[group] = {"kind": job.attack.kind} | job.attack.settings(job.epsilon_255)
     models = {target.name: inspect_target(target, x[:4]) for target in targets}
-    return records, summarise(records, settings, models, {}).to_json(), settings, models
+    return records, summarize(records, settings, models, {}).to_json(), settings, models
 
 
 def alarms(summary):
@@ -169,7 +169,7 @@ def test_hidden_gradients_ring():
     assert "100.0%" in message
 
 
-def test_an_honest_defence_rings_nothing():
+def test_an_honest_defense_rings_nothing():
     target, x = NoisyTarget(), images(80)
     labels = target.logits(x, {}).argmax(1)
     attacks = [AttackRecipe("pgd", threat_models=["white_box", "gray_box"], eot_samples=4)]
@@ -226,12 +226,12 @@ def test_alarms_on_what_records_hold():
 
     def changed(**values):
         altered = [record if record.name == "none" else replace(record, **values) for record in records]
-        return alarms(summarise(altered, settings, models, {}).to_json())
+        return alarms(summarize(altered, settings, models, {}).to_json())
 
     assert "beyond_epsilon" in changed(linf_255=8.01) and "beyond_epsilon" not in changed(linf_255=8.0005)
     assert "pixels_out_of_range" in changed(pixel_max=1.001) and "pixels_out_of_range" in changed(pixel_min=-0.001)
     large = {group: values | {"alpha_255": 8.0} for group, values in settings.items()}
-    assert "step_not_smaller_than_epsilon" in alarms(summarise(records, large, models, {}).to_json())
+    assert "step_not_smaller_than_epsilon" in alarms(summarize(records, large, models, {}).to_json())
 
 
 def test_too_few_images_to_rank_two_models():
@@ -268,7 +268,7 @@ def test_rows_average_seeds_per_image():
         record("b", 0, [0, 0, 1]),
         record("b", 1, [0, 0, 0]),
     ]
-    row = summarise(records, {}, {}, {}).to_json()["rows"][0]
+    row = summarize(records, {}, {}, {}).to_json()["rows"][0]
     assert row["accuracy"] == pytest.approx(100 * (5 / 6 + 1 / 6) / 2, abs=1e-3)
     assert row["accuracy_majority"] == 50 and row["accuracy_worst_draw"] == 25
     assert (row["num_images"], row["num_draws"], row["seeds"], row["sigma"]) == (2, 3, [0, 1], 30.0)

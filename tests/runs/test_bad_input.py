@@ -28,10 +28,10 @@ def inputs(tmp_path_factory):
     """A folder of good and bad inputs."""
     root = tmp_path_factory.mktemp("inputs")
     purifier = NIMForPreTraining(NIMConfig(**TINY_ENCODER, **TINY_DECODER))
-    grey = {"num_channels": 1, "image_mean": [0.5], "image_std": [0.5]}
+    gray = {"num_channels": 1, "image_mean": [0.5], "image_std": [0.5]}
     ten = NIMForImageClassification(NIMClassifierConfig(**TINY_ENCODER, num_labels=10))
     purifier.save_pretrained(root / "purifier")
-    NIMForPreTraining(NIMConfig(**TINY_ENCODER, **TINY_DECODER, **grey)).save_pretrained(root / "grey")
+    NIMForPreTraining(NIMConfig(**TINY_ENCODER, **TINY_DECODER, **gray)).save_pretrained(root / "gray")
     ten.save_pretrained(root / "classifier")
     for num_labels in (5, 12):
         config = NIMClassifierConfig(**TINY_ENCODER, num_labels=num_labels)
@@ -67,7 +67,7 @@ def in_the_repository(monkeypatch):
 
 
 FOLDER = "data={source: folder, path: INPUTS/no_images}"
-PARTS = "models=[{name: parts, purifier: INPUTS/grey, classifier: INPUTS/classifier}]"
+PARTS = "models=[{name: parts, purifier: INPUTS/gray, classifier: INPUTS/classifier}]"
 NO_PURIFIER = "models=[{name: parts, purifier: INPUTS/classifier, classifier: INPUTS/classifier}]"
 CONVERT = "convert_checkpoint --source nim-mae --output_dir INPUTS/out --checkpoint"
 
@@ -100,8 +100,8 @@ CONVERT = "convert_checkpoint --source nim-mae --output_dir INPUTS/out --checkpo
         ("run_finetune INPUTS/finetune.yaml init=some/model", ["no model directory 'some/model'", "Hub"]),
         ("run_finetune INPUTS/finetune.yaml init=INPUTS/no_model", ["no_model' holds no model"]),
         ("run_finetune INPUTS/finetune.yaml init=INPUTS/damaged", ["damaged' are damaged", "again"]),
-        ("run_finetune INPUTS/finetune.yaml init=INPUTS/grey", ["1 channels"]),
-        ("run_finetune INPUTS/finetune.yaml purifier=INPUTS/grey", ["gives 1 channels", "takes 3"]),
+        ("run_finetune INPUTS/finetune.yaml init=INPUTS/gray", ["1 channels"]),
+        ("run_finetune INPUTS/finetune.yaml purifier=INPUTS/gray", ["gives 1 channels", "takes 3"]),
         ("run_finetune INPUTS/finetune.yaml purifier=INPUTS/classifier", ["'nim_classifier'", "cannot purify"]),
         ("run_finetune INPUTS/finetune.yaml defense_sigma=-3", ["'defense_sigma' must be at least 0", "-3"]),
         ("run_finetune INPUTS/finetune.yaml drop_path_rate=2", ["drop_path_rate", "at least 0 and below 1", "got 2"]),

@@ -1,4 +1,4 @@
-"""The optimiser's side of a recipe, value by value."""
+"""The optimizer's side of a recipe, value by value."""
 
 import copy
 import warnings
