@@ -343,7 +343,11 @@ def test_every_recipe_of_the_repository_can_be_read():
     assert {path.parent.name for path in recipes} == {"protocols", "digits"}
     for path in recipes:
         assert resolve(load_recipe(path, AttackRunRecipe)).attacks
-    assert load_recipe(ROOT / "scripts/recipes/digits/certify.yaml", CertifyRecipe).num_draws == 1000
+    for path in ROOT.glob("scripts/recipes/digits/certify*.yaml"):
+        assert load_recipe(path, CertifyRecipe).num_draws == 1000
+    finetune_recipe = reference.load_script("run_finetune").FinetuneRecipe
+    for path in ROOT.glob("scripts/recipes/digits/finetune*.yaml"):
+        assert load_recipe(path, finetune_recipe).data.source == "digits"
 
 
 def test_a_model_for_fewer_classes_than_the_data_have_is_refused(recipe, classifier, tmp_path):
