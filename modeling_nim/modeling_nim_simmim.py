@@ -197,7 +197,7 @@ class NIMSimMIMForPreTraining(NIMPreTrainingMixin, NIMSimMIMPreTrainedModel):
         self.beit = NIMSimMIMModel(config)
         self.decoder = NIMSimMIMDecoder(config)
         # Without masks the token is outside the graph; a parameter without a gradient stops distributed training.
-        self.beit.embeddings.mask_token.requires_grad_(config.degradation == "mask")
+        self.beit.embeddings.mask_token.requires_grad_(config.hides_patches)
         self.post_init()
 
     def reconstruct(

@@ -142,7 +142,7 @@ class Defended:
     """A purified model; images in [0, 1] to logits, the randomness an argument."""
 
     def __init__(self, model: Any, processor: Any, title: str):
-        if not hasattr(model, "purify") or model.config.purifier_config.degradation != "noise":
+        if not hasattr(model, "purify") or not model.config.purifier_config.adds_noise:
             raise ValueError(f"{title} is no classifier behind a denoiser: pass a NIMPurifiedImageClassification")
         self.model, self.processor, self.title = model.eval(), processor, title
         self.mean, self.std = _per_channel(model.config.image_mean), _per_channel(model.config.image_std)

@@ -241,7 +241,7 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, LoadedAsBuiltMixin, Pr
 
     def _sigma(self, sigma: str | float | int | torch.Tensor | None) -> str | float | int | torch.Tensor | None:
         """The defense's own sigma where none is given and the purifier adds noise."""
-        own = sigma is None and self.config.purifier_config.degradation == "noise"
+        own = sigma is None and self.config.purifier_config.adds_noise
         return self.config.sigma if own else sigma
 
     def _checked_votes(self, num_votes: int | None) -> int:

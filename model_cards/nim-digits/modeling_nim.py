@@ -236,7 +236,7 @@ class NIMModel(NIMPreTrainedModel, ViTMAEModel):
 
 class NIMForPreTraining(NIMPreTrainingMixin, NIMPreTrainedModel):
     r"""
-    Encoder and decoder, trained to undo a degradation: noise (Eq. 3-4) or a mask (Eq. 1-2; MAE itself).
+    Encoder and decoder, trained to undo a degradation: noise (Eq. 3-4), a mask (Eq. 1-2; MAE itself), or both.
 
     Example:
 
@@ -253,7 +253,7 @@ class NIMForPreTraining(NIMPreTrainingMixin, NIMPreTrainedModel):
         self.vit = NIMModel(config)
         self.decoder = ViTMAEDecoder(config, num_patches=self.vit.embeddings.patch_embeddings.num_patches)
         # Without masks the token is outside the graph; a trainable parameter without a gradient stops DDP.
-        self.decoder.mask_token.requires_grad_(config.degradation == "mask")
+        self.decoder.mask_token.requires_grad_(config.hides_patches)
         self.post_init()
 
     unpatchify = ViTMAEForPreTraining.unpatchify
@@ -297,13 +297,13 @@ class NIMForPreTraining(NIMPreTrainingMixin, NIMPreTrainedModel):
 
     def forward_loss(self, pixel_values: torch.Tensor, output: NIMForPreTrainingOutput) -> torch.Tensor:
         """The mean error (`reconstruction_loss`) of `output.logits` against clean images `(B, C, H, W)`: over every
-        patch (Eq. 4), or over the hidden ones (Eq. 2)."""
+        patch where there is noise (Eq. 4), else over the hidden ones (Eq. 2)."""
         target = self.patchify(pixel_values)  # (B, N, patch * patch * C)
         if self.config.norm_pix_loss:
             mean, std = self._target_statistics(pixel_values, output.degraded_pixel_values)
             target = (target - mean) / std
         loss_per_patch = self._error(output.logits, target).mean(dim=-1)  # (B, N)
-        if output.mask is None:
+        if output.mask is None or self.config.adds_noise:
             return loss_per_patch.mean()
         return (loss_per_patch * output.mask).sum() / output.mask.sum()
 

@@ -54,3 +54,21 @@ def check_tiles(config: PreTrainedConfig) -> None:
         )
     if config.tile_batch_size < 1:
         raise ValueError(f"tile_batch_size must be at least 1, got {config.tile_batch_size}")
+
+
+def check_degradation(config: PreTrainedConfig) -> None:
+    """That the fields of NIM-MAE which speak of masks and noise agree with its degradation."""
+    with_masks = "mask" in config.degradation
+    without_masks = config.adds_noise and config.mask_ratio == 0  # masks alone would leave nothing to score
+    if with_masks and not without_masks and not 0 < config.mask_ratio < 1:
+        raise ValueError(f"mask_ratio must be between 0 and 1{', or 0' * config.adds_noise}, got {config.mask_ratio}")
+    if config.hides_patches and config.norm_pix_loss and config.patch_statistics == "noisy":
+        raise ValueError(
+            f'patch_statistics="noisy" has no meaning with degradation="{config.degradation}" and norm_pix_loss=True: '
+            'a hidden patch has no statistics of its own. Use patch_statistics="input" or norm_pix_loss=False'
+        )
+    if with_masks and config.patch_embedding == "convolutional":
+        raise ValueError(
+            f'patch_embedding="convolutional" has no meaning with degradation="{config.degradation}": its windows '
+            'overlap, so that visible patches would show hidden pixels. Use patch_embedding="linear"'
+        )

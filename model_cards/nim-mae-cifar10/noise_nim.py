@@ -177,56 +177,26 @@ def sample_mask_noise(
     return torch.stack([torch.rand(shape[1:], generator=g, device=g.device) for g in generators]).to(device)
 
 
-def draw_noise(
-    spec: str | float | int,
-    shape: tuple[int, ...],
+def draw_by_image(
+    samplers: dict[str, Callable[[int, torch.Generator | None], torch.Tensor]],
+    batch_size: int,
     generator: Generators = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sigma and epsilon of a batch; under a generator image by image, sigma before epsilon (see `sample_sigma`).
+) -> dict[str, torch.Tensor]:
+    """What the samplers draw for a batch; under a generator image by image, one sampler after the other for each.
 
     Args:
-        spec: see `parse_sigma`.
-        shape: `(B, C, H, W)`, that of the images.
+        samplers: functions of a number of images and a generator, such as `sample_sigma` with the rest given.
 
     Returns:
-        `(B,)` on the scale of 0..255, float32, and standard normal noise of `shape`.
+        A tensor `(B, ...)` for each sampler, under its name.
     """
     if generator is None:
-        return sample_sigma(spec, shape[0], None, device), sample_epsilon(shape, None, device, dtype)
-    sigmas, epsilons = [], []
-    for g in generators_per_image(generator, shape[0]):
-        sigmas.append(sample_sigma(spec, 1, g, device))
-        epsilons.append(sample_epsilon((1, *shape[1:]), g, device, dtype))
-    return torch.cat(sigmas), torch.cat(epsilons)
-
-
-def degrade(
-    pixel_values: torch.Tensor,
-    sigma: str | float | int | torch.Tensor,
-    epsilon: torch.Tensor | None,
-    generator: Generators,
-    image_std: Sequence[float],
-) -> torch.Tensor:
-    """Draws what is not given (for each image sigma first, then epsilon) and adds the noise.
-
-    Args:
-        pixel_values: `(B, C, H, W)`, normalized.
-        sigma: a specification, a number, or a `(B,)` tensor, on the scale of 0..255.
-        epsilon: `(B, C, H, W)` standard normal noise, drawn when None.
-
-    Returns:
-        `(B, C, H, W)`, normalized and not clamped.
-    """
-    shape, device, dtype = pixel_values.shape, pixel_values.device, pixel_values.dtype
-    if isinstance(sigma, torch.Tensor):
-        epsilon = sample_epsilon(shape, generator, device, dtype) if epsilon is None else epsilon
-    elif epsilon is not None:
-        sigma = sample_sigma(sigma, shape[0], generator, device)
-    else:
-        sigma, epsilon = draw_noise(sigma, shape, generator, device, dtype)
-    return add_noise(pixel_values, sigma, epsilon, image_std)
+        return {name: sample(batch_size, None) for name, sample in samplers.items()}
+    draws: dict[str, list[torch.Tensor]] = {name: [] for name in samplers}
+    for g in generators_per_image(generator, batch_size):
+        for name, sample in samplers.items():
+            draws[name].append(sample(1, g))
+    return {name: torch.cat(pieces) for name, pieces in draws.items()}
 
 
 def per_channel(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, BeitConfig, PreTrainedConfig, ViTMAEConfig
 
-from .checks_nim import check_patch_embedding, check_sizes, check_tiles
+from .checks_nim import check_degradation, check_patch_embedding, check_sizes, check_tiles
 from .noise_nim import parse_sigma
 
 
@@ -66,14 +66,32 @@ def _with_encoder_in_auto_map(config_dict: dict[str, Any], encoder: str) -> dict
     return config_dict
 
 
+class DegradationMixin:
+    """What `degradation` asks for; with `"noise+mask"`, both."""
+
+    @property
+    def adds_noise(self) -> bool:
+        """Whether Eq. 3 is part of the degradation, and sigma and epsilon of a draw."""
+        return "noise" in self.degradation
+
+    @property
+    def hides_patches(self) -> bool:
+        """Whether Eq. 1 is part of the degradation, and the order of patches of a draw."""
+        return "mask" in self.degradation and self.mask_ratio > 0
+
+
 @strict
-class NIMConfig(ViTMAEConfig):
+class NIMConfig(DegradationMixin, ViTMAEConfig):
     r"""
     Configuration of [`NIMModel`] and [`NIMForPreTraining`]: ViT-MAE's, with the degradation made a choice.
 
     Args:
-        degradation (`"noise"` or `"mask"`, *optional*, defaults to `"noise"`):
-            `"noise"` is noisy image modeling (Eq. 3-4), `"mask"` is MAE itself (Eq. 1-2).
+        degradation (`"noise"`, `"mask"` or `"noise+mask"`, *optional*, defaults to `"noise"`):
+            `"noise"` is noisy image modeling (Eq. 3-4), `"mask"` is MAE itself (Eq. 1-2), `"noise+mask"` shows the
+            encoder a share of the noisy patches and scores all of them (DMAE, Wu et al. 2023: sigma 0.25 * 255).
+        mask_ratio (`float`, *optional*, defaults to 0.75):
+            Share of patches that is hidden. With `"noise+mask"` it may be 0, also for a model that was trained with
+            another: `from_pretrained(DIR, mask_ratio=0)` purifies without masks.
         sigma (`str`, *optional*, defaults to `"gamma(25, 3)"`):
             Scale of the noise on 0..255: a number or a distribution (section 2.4; see `parse_sigma`).
         norm_pix_loss (`bool`, *optional*, defaults to `True`):
@@ -103,7 +121,8 @@ class NIMConfig(ViTMAEConfig):
 
     layer_norm_eps: float = 1e-6
     norm_pix_loss: bool = True
-    degradation: Literal["noise", "mask"] = "noise"
+    degradation: Literal["noise", "mask", "noise+mask"] = "noise"
+    mask_ratio: float | int = 0.75
     sigma: str | float | int = "gamma(25, 3)"
     patch_statistics: Literal["input", "noisy"] = "input"
     patch_embedding: Literal["linear", "convolutional"] = "linear"
@@ -118,20 +137,9 @@ class NIMConfig(ViTMAEConfig):
     def __post_init__(self, **kwargs):
         parse_sigma(self.sigma)
         check_sizes(self)
-        if self.degradation == "mask" and self.norm_pix_loss and self.patch_statistics == "noisy":
-            raise ValueError(
-                'patch_statistics="noisy" has no meaning with degradation="mask" and norm_pix_loss=True: a hidden '
-                'patch has no statistics of its own. Use patch_statistics="input" or norm_pix_loss=False'
-            )
-        if self.degradation == "mask" and not 0 < self.mask_ratio < 1:
-            raise ValueError(f"mask_ratio must be between 0 and 1, got {self.mask_ratio}")
+        check_degradation(self)
         check_patch_embedding(self)
         check_tiles(self)
-        if self.degradation == "mask" and self.patch_embedding == "convolutional":
-            raise ValueError(
-                'patch_embedding="convolutional" has no meaning with degradation="mask": its windows overlap, so that '
-                'visible patches would show hidden pixels. Use patch_embedding="linear"'
-            )
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -229,7 +237,7 @@ def _fix_simmim_fields(config: BeitConfig, fields: dict[str, bool], kwargs: dict
 
 
 @strict
-class NIMSimMIMConfig(BeitConfig):
+class NIMSimMIMConfig(DegradationMixin, BeitConfig):
     r"""
     Configuration of [`NIMSimMIMForPreTraining`]: SimMIM's ViT on BEiT's, and the degradation made a choice. One table
     of relative positions is shared by all layers, there are no absolute positions, and the keys have no bias.

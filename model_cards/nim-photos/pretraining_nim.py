@@ -1,4 +1,4 @@
-"""What both pre-training families are: degrade (Eq. 3 or Eq. 1), reconstruct, and score; without the score, purify.
+"""What both pre-training families are: degrade (Eq. 3, Eq. 1 or both), reconstruct, score; without the score, purify.
 
 An image larger than the model is degraded whole and reconstructed in overlapping tiles (`tile_*` of the configuration),
 so that sigma, epsilon and what is certified mean the same at every size.
@@ -15,7 +15,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEForPreTrainingOutput
 from transformers.utils.generic import can_return_tuple
 
-from .noise_nim import Generators, clamp_to_image_range, degrade, draw_noise, sample_mask_noise
+from .noise_nim import (
+    Generators,
+    add_noise,
+    clamp_to_image_range,
+    draw_by_image,
+    sample_epsilon,
+    sample_mask_noise,
+    sample_sigma,
+)
 from .tiles_nim import TileGrid
 
 
@@ -25,7 +33,7 @@ class NIMForPreTrainingOutput(ViTMAEForPreTrainingOutput):
     Output of [`NIMForPreTraining`] and [`NIMSimMIMForPreTraining`].
 
     Args:
-        loss: scalar; the mean error over all patches (noise, Eq. 4) or over the hidden ones (mask, Eq. 2).
+        loss: scalar; the mean error over all patches where there is noise (Eq. 4), else over the hidden ones (Eq. 2).
         logits: `(B, N, patch * patch * C)`, the prediction of every patch, channels last; normalized per patch with
             `norm_pix_loss`.
         reconstruction: `(B, C, H, W)`, the prediction as normalized images, not clamped.
@@ -64,24 +72,46 @@ class NIMPreTrainingMixin:
             image_size: side, or height and width, of the images; None is the configuration's.
 
         Returns:
-            `sigma` `(B,)` on 0..255 and `epsilon` `(B, C, H, W)` (section 2.4, Eq. 3), or `noise` `(B, M)` (Eq. 1) with
-            M squares in the tiles of an image, on the device of the generators.
+            `sigma` `(B,)` on 0..255 and `epsilon` `(B, C, H, W)` (section 2.4, Eq. 3) of a model that undoes noise, and
+            `noise` `(B, M)` (Eq. 1), with M squares in the tiles of an image, of one that fills masks; on the device of
+            the generators. An image draws them in this order.
         """
         first = generators[0] if isinstance(generators, Sequence) else generators
         device = self.device if first is None else first.device
         size = self.config.image_size if image_size is None else image_size
         height, width = (size, size) if isinstance(size, int) else size
-        if self.config.degradation == "noise":
-            spec = self.config.sigma if sigma is None else sigma
-            shape = (batch_size, self.config.num_channels, height, width)
-            return dict(zip(("sigma", "epsilon"), draw_noise(spec, shape, generators, device), strict=True))
-        if sigma is not None:
+        names = ["noise"] if self.config.hides_patches else []
+        if self.config.adds_noise:
+            sigma = self.config.sigma if sigma is None else sigma
+            names = ["sigma", "epsilon", *names]
+        elif sigma is not None:
             raise ValueError(f'sigma {sigma!r} belongs to degradation="noise"; this model hides patches: leave it out')
-        return {
-            "noise": sample_mask_noise(
-                (batch_size, self._num_pieces(height, width, self.mask_square_size)), generators, device
-            )
+        shape = (batch_size, self.config.num_channels, height, width)
+        like = torch.empty(shape, device="meta")
+        return self._draw(names, like, generators, sigma, device)
+
+    def _draw(
+        self,
+        names: Sequence[str],
+        images: torch.Tensor,
+        generators: Generators,
+        sigma: str | float | int | None,
+        device: torch.device,
+        interpolate_pos_encoding: bool = False,
+    ) -> dict[str, torch.Tensor]:
+        """The random numbers of these names for images `(B, C, H, W)`, of which shape and precision count."""
+        batch_size, *shape = images.shape
+
+        def draw_noise(number: int, generator: torch.Generator | None) -> torch.Tensor:
+            pieces = self._num_pieces(*shape[1:], self.mask_square_size, interpolate_pos_encoding)
+            return sample_mask_noise((number, pieces), generator, device)
+
+        samplers = {
+            "sigma": lambda number, generator: sample_sigma(sigma, number, generator, device),
+            "epsilon": lambda number, generator: sample_epsilon((number, *shape), generator, device, images.dtype),
+            "noise": draw_noise,
         }
+        return draw_by_image({name: samplers[name] for name in names}, batch_size, generators)
 
     def degrade(
         self,
@@ -96,45 +126,65 @@ class NIMPreTrainingMixin:
         """The first step of Eq. 9; arguments as in `purify`.
 
         Returns:
-            The images `(B, C, H, W)` with the noise of Eq. 3 added, or as they are where patches are hidden; and what
-            tells `reconstruct` which patches those are, `(B, N)`, one tile after the other, or None where every patch
-            is seen.
+            The images `(B, C, H, W)`, with the noise of Eq. 3 where there is noise; and what tells `reconstruct`
+            which patches are hidden, `(B, N)`, one tile after the other, or None where every patch is seen.
         """
-        hides_patches = self.config.degradation == "mask"
-        if hides_patches and (sigma is not None or epsilon is not None):
+        config = self.config
+        if not config.adds_noise and (sigma is not None or epsilon is not None):
             raise ValueError(
                 '`sigma` and `epsilon` belong to degradation="noise"; this model hides patches: use `noise`'
             )
-        if not hides_patches and (noise is not None or bool_masked_pos is not None):
+        if not config.hides_patches and (noise is not None or bool_masked_pos is not None):
+            here = f'"{config.degradation}"' + (" with mask_ratio 0" if "mask" in config.degradation else "")
             raise ValueError(
-                '`noise` and `bool_masked_pos` belong to degradation="mask"; here it is "noise": use `epsilon`'
+                f'`noise` and `bool_masked_pos` belong to degradation="mask"; here it is {here}: use `epsilon`'
             )
-        if not hides_patches:
-            sigma = self.config.sigma if sigma is None else sigma
-            return degrade(pixel_values, sigma, epsilon, generator, self.config.image_std), None
-        batch_size, _, height, width = pixel_values.shape
+        names = []
+        if config.adds_noise:
+            sigma = config.sigma if sigma is None else sigma
+            names += [] if isinstance(sigma, torch.Tensor) else ["sigma"]
+            names += ["epsilon"] if epsilon is None else []
+        if config.hides_patches and noise is None and bool_masked_pos is None:
+            names += ["noise"]
+        draws = self._draw(names, pixel_values, generator, sigma, pixel_values.device, interpolate_pos_encoding)
+        degraded = pixel_values
+        if config.adds_noise:
+            sigma, epsilon = draws.get("sigma", sigma), draws.get("epsilon", epsilon)
+            degraded = add_noise(pixel_values, sigma, epsilon, config.image_std)
+        if not config.hides_patches:
+            return degraded, None
+        noise = draws.get("noise", noise)
+        return degraded, self._hidden(pixel_values, noise, bool_masked_pos, interpolate_pos_encoding)
+
+    def _hidden(
+        self,
+        images: torch.Tensor,
+        noise: torch.Tensor | None,
+        bool_masked_pos: torch.Tensor | None,
+        interpolate_pos_encoding: bool,
+    ) -> torch.Tensor:
+        """What tells `reconstruct` which patches of the images are hidden, `(B, N)`, one tile after the other."""
+        batch_size, _, height, width = images.shape
         if self._tiles(height, width, interpolate_pos_encoding):
             height = width = self.config.image_size  # of a tile: masks are made tile by tile
         if bool_masked_pos is not None:
-            num_patches = self._num_pieces(*pixel_values.shape[-2:], self.config.patch_size, interpolate_pos_encoding)
+            num_patches = self._num_pieces(*images.shape[-2:], self.config.patch_size, interpolate_pos_encoding)
             if bool_masked_pos.shape[0] != batch_size or bool_masked_pos[0].numel() != num_patches:
                 raise ValueError(
                     f"bool_masked_pos has shape {tuple(bool_masked_pos.shape)}: pass ({batch_size}, {num_patches}), "
                     "one value for each patch"
                 )
             mask = bool_masked_pos.reshape(-1, (height // self.config.patch_size) * (width // self.config.patch_size))
-            return pixel_values, self._hidden_from_mask(mask.to(pixel_values.device)).view(batch_size, -1)
+            return self._hidden_from_mask(mask.to(images.device)).view(batch_size, -1)
         side = self.mask_square_size
-        shape = (batch_size, self._num_pieces(*pixel_values.shape[-2:], side, interpolate_pos_encoding))
-        if noise is None:
-            noise = sample_mask_noise(shape, generator, pixel_values.device)
+        shape = (batch_size, self._num_pieces(*images.shape[-2:], side, interpolate_pos_encoding))
         if noise.shape != shape:
             raise ValueError(
                 f"noise has shape {tuple(noise.shape)}: pass {shape}, one number for each square of "
                 f"{side}x{side} pixels"
             )
-        noise = noise.to(pixel_values.device).reshape(-1, (height // side) * (width // side))
-        return pixel_values, self._hidden_from_noise(noise, height, width).view(batch_size, -1)
+        noise = noise.to(images.device).reshape(-1, (height // side) * (width // side))
+        return self._hidden_from_noise(noise, height, width).view(batch_size, -1)
 
     @can_return_tuple
     def forward(
@@ -190,7 +240,8 @@ class NIMPreTrainingMixin:
 
         Takes the arguments of `forward`, and images of any size from the configured one up, square or not; larger ones
         are reconstructed in tiles, at most `tile_batch_size` of them in memory. `noise` and `bool_masked_pos` then hold
-        those of one tile after the other. With masks the visible patches are pasted back into the reconstruction.
+        those of one tile after the other. With masks alone the visible patches are pasted back into the reconstruction;
+        with noise they, too, are reconstructed.
 
         Returns:
             `(B, C, H, W)`, normalized, clamped to the range of [0, 1] images.
@@ -254,7 +305,7 @@ class NIMPreTrainingMixin:
         """The reconstruction of images that the model takes in one piece, visible patches pasted back, not clamped."""
         output = self.reconstruct(degraded, hidden, pixel_values, interpolate_pos_encoding)
         images = output.reconstruction.to(pixel_values.dtype)
-        if output.mask is not None:
+        if output.mask is not None and not self.config.adds_noise:
             images = torch.where(self._pixel_mask(output.mask, images).bool(), images, pixel_values)
         return images
 

@@ -61,8 +61,8 @@ def check_certifiable(target: Target, images_01: torch.Tensor) -> float:
         return target.sigma_255  # what it sees is the noisy image alone, by construction
     if not isinstance(target, PurifiedTarget) or target.without_purifier:
         raise ValueError(f"{target.name} has no noise to certify with; certify a purified model")
-    if target.masks:
-        raise ValueError(f"{target.name} hides patches; certificates are for Gaussian noise")
+    if not target.adds_noise:
+        raise ValueError(f"{target.name} hides patches and adds no noise; certificates are for Gaussian noise")
     config = target.model.config.purifier_config
     spec = parse_sigma(target.sigma)
     if spec.kind != "fixed" or spec.a == 0:
@@ -85,13 +85,13 @@ def check_certifiable(target: Target, images_01: torch.Tensor) -> float:
 @torch.no_grad()
 def _sees_the_noisy_image_alone(target: PurifiedTarget, images_01: torch.Tensor, sigma_255: float) -> bool:
     seeds = [stream_seed(0, "probe", "certify", row) for row in range(len(images_01))]
-    epsilon = target.draw(seeds, images_01.shape[1:])["epsilon"]
+    draws = target.draw(seeds, images_01.shape[1:]) | {"sigma": sigma_255}  # masks, where there are some, are the same
+    epsilon = draws.pop("epsilon")
     shift = 0.1 * torch.rand(images_01.shape, generator=torch.Generator().manual_seed(0)).to(images_01.device)
     pixel_values = [normalize(batch, target.image_mean, target.image_std) for batch in (images_01, images_01 + shift)]
-    first = target.model(pixel_values[0], sigma=sigma_255, epsilon=epsilon, num_votes=1).logits
-    second = target.model(
-        pixel_values[1], sigma=sigma_255, epsilon=epsilon - shift / (sigma_255 / 255), num_votes=1
-    ).logits
+    taken_back = epsilon - shift / (sigma_255 / 255)
+    first = target.model(pixel_values[0], epsilon=epsilon, num_votes=1, **draws).logits
+    second = target.model(pixel_values[1], epsilon=taken_back, num_votes=1, **draws).logits
     return torch.allclose(first, second, atol=1e-3 * float(first.abs().max().clamp_min(1)))
 
 

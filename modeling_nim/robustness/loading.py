@@ -100,7 +100,7 @@ def load_targets(
         model, processor = loaded[key]
         sigmas = recipe.sigmas()
         defended = isinstance(model, NIMPurifiedImageClassification) and not recipe.without_purifier
-        if sigmas == [None] and default_sigmas and defended and model.config.purifier_config.degradation == "noise":
+        if sigmas == [None] and default_sigmas and defended and model.config.purifier_config.adds_noise:
             sigmas = list(default_sigmas)
         for sigma in sigmas:
             targets.append(_make_target(recipe, model, processor, sigma))

@@ -116,7 +116,7 @@ def reconstruction_records(
     records = []
     for name, (purifier, processor) in purifiers.items():
         config = purifier.config
-        if config.degradation != "noise":
+        if not config.adds_noise:
             raise ValueError(f"reconstruction: {name!r} hides patches instead of adding noise; leave it out")
         if recipe.image_size is not None:
             processor = center_square_processor(recipe.image_size)

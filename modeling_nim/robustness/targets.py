@@ -110,16 +110,17 @@ class PurifiedTarget(_ModelTarget):
         self.image_mean, self.image_std = list(config.image_mean), list(config.image_std)
         self.patch_size = purifier_config.patch_size
         self.num_votes = config.num_votes if num_votes is None else num_votes
-        self.masks = purifier_config.degradation == "mask"
+        self.adds_noise = purifier_config.adds_noise
         if without_purifier:
             return
-        if self.masks and sigma is not None:
+        if not self.adds_noise and sigma is not None:
             raise ValueError(f"{name}: its purifier hides patches instead of adding noise; leave sigma={sigma!r} out")
         spec = config.sigma if sigma is None else sigma
         parse_sigma(spec)
-        self.sigma = "mask" if self.masks else f"{spec:g}" if isinstance(spec, (int, float)) else str(spec)
+        named = f"{spec:g}" if isinstance(spec, (int, float)) else str(spec)
+        self.sigma = named if self.adds_noise else "mask"
         # sigma 0 still draws noise, and multiplies it by zero: such a defense is deterministic
-        self.is_random = self.masks or parse_sigma(spec) != parse_sigma(0)
+        self.is_random = purifier_config.hides_patches or parse_sigma(spec) != parse_sigma(0)
         self.rows_per_decision = self.num_votes
 
     @property
@@ -140,7 +141,7 @@ class PurifiedTarget(_ModelTarget):
 
     @property
     def _sigma(self) -> str | None:
-        return None if self.masks else self.sigma
+        return self.sigma if self.adds_noise else None
 
     @torch.no_grad()
     def stages(self, images_01: torch.Tensor, seeds: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

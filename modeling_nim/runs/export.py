@@ -87,10 +87,11 @@ def export_program(
     Raises:
         ValueError: the purifier hides patches, so that there is no epsilon to be an input.
     """
-    degradation = defended.model.config.purifier_config.degradation
-    if noise == "input" and degradation != "noise":
+    purifier = defended.model.config.purifier_config
+    if noise == "input" and (purifier.hides_patches or not purifier.adds_noise):
         raise ValueError(
-            f'the purifier\'s degradation is "{degradation}", and epsilon belongs to "noise": use noise="inside"'
+            f'the purifier\'s degradation is "{purifier.degradation}", and epsilon alone belongs to "noise": use '
+            'noise="inside"'
         )
     inputs = defended.example(noise)
     with torch.no_grad():

@@ -101,8 +101,8 @@ class Finetuning:
         if self.purified_model is None:
             return {}
         named = generators(np.asarray(seeds, np.uint64), self.accelerator.device)
-        adds_noise = self.config.purifier_config.degradation == "noise"
-        return self.purified_model.draw(len(seeds), named, self.recipe.sigma if adds_noise else None, num_votes=1)
+        sigma = self.recipe.sigma if self.config.purifier_config.adds_noise else None
+        return self.purified_model.draw(len(seeds), named, sigma, num_votes=1)
 
     def attack(self, clean: CleanImages, which: tuple[np.ndarray, np.ndarray], epsilon_255: float) -> torch.Tensor:
         """Adversarial images, made through noise, purifier, clamp and classifier; see `adversarial_images`.

@@ -32,6 +32,7 @@ from ..runs.files import INCOMPLETE, naming_path, remove, sync
 ARCHITECTURES = {
     "nim_mae": (NIMConfig, NIMForPreTraining, "noise"),
     "mae": (NIMConfig, NIMForPreTraining, "mask"),
+    "nim_mae_masked": (NIMConfig, NIMForPreTraining, "noise+mask"),
     "nim_simmim": (NIMSimMIMConfig, NIMSimMIMForPreTraining, "noise"),
     "simmim": (NIMSimMIMConfig, NIMSimMIMForPreTraining, "mask"),
 }
@@ -60,8 +61,8 @@ MAX_EAGER_TOKENS = {"bf16": 640, "no": 40}
 class ModelRecipe:
     """The `model` section: an architecture, one of `MODEL_SIZES` or none, and fields of its configuration over that."""
 
-    # noise (nim_*) or masks, on the encoder of MAE or of SimMIM
-    architecture: Literal["nim_mae", "mae", "nim_simmim", "simmim"] = "nim_mae"
+    # noise (nim_*), masks, or both (nim_mae_masked), on the encoder of MAE or of SimMIM
+    architecture: Literal["nim_mae", "mae", "nim_mae_masked", "nim_simmim", "simmim"] = "nim_mae"
     size: Literal["tiny", "small", "base", "large", "huge"] | None = None  # a preset of MODEL_SIZES
     config: dict[str, Any] = field(default_factory=dict)  # fields of NIMConfig or NIMSimMIMConfig, over the preset
 

@@ -82,7 +82,10 @@ def defended(name: str, **fields) -> NIMPurifiedImageClassification:
 
 
 @pytest.mark.parametrize("votes", [1, 3])
-@pytest.mark.parametrize(("name", "sigma"), [("nim_mae", "uniform(0, 90)"), ("nim_simmim", 30), ("mae", None)])
+@pytest.mark.parametrize(
+    ("name", "sigma"),
+    [("nim_mae", "uniform(0, 90)"), ("nim_simmim", 30), ("mae", None), ("nim_mae_masked", "uniform(0, 90)")],
+)
 def test_the_defense_draws_votes_one_after_the_other(name, sigma, votes, pixel_values):
     model = defended(name)
     expected = model(pixel_values, sigma=sigma, num_votes=votes, generator=seeded(1, 2, 3, 4))

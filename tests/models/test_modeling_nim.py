@@ -115,6 +115,11 @@ def test_mask_mode_refuses_sigma(pixel_values):
         ({"sigma": "-3"}, "sigma must be >= 0"),
         ({"image_size": 30, "patch_size": 8}, "multiple"),
         ({"degradation": "mask", "patch_statistics": "noisy"}, "no.*statistics of its own"),
+        ({"degradation": "noise+mask", "patch_statistics": "noisy"}, "no.*statistics of its own"),
+        ({"degradation": "mask", "mask_ratio": 0}, "mask_ratio must be between 0 and 1, got 0"),
+        ({"degradation": "noise+mask", "mask_ratio": 1.0}, "mask_ratio must be between 0 and 1, or 0, got 1.0"),
+        ({"degradation": "noise+mask", "mask_ratio": -0.5}, "mask_ratio must be between 0 and 1, or 0, got -0.5"),
+        ({"degradation": "noise+mask", "patch_embedding": "convolutional"}, "show hidden pixels"),
         ({"degradation": "blur"}, "blur"),
         ({"patch_embedding": "convolutional", "patch_size": 14}, "patch_size 14 must be a power of two"),
         ({"patch_embedding": "convolutional", "hidden_size": 756}, "hidden_size 756 a multiple of 8"),
@@ -150,8 +155,9 @@ def test_positions_are_the_sincos_tables_also_when_trained_from_scratch(purifier
 
 def test_every_trainable_parameter_gets_a_gradient(purifier, pixel_values):
     """DDP stops at a trainable parameter outside the graph."""
-    for degradation in ("noise", "mask"):
-        model = NIMForPreTraining(NIMConfig(**TINY, **TINY_DECODER, degradation=degradation)).train()
+    for degradation, mask_ratio in (("noise", 0.75), ("mask", 0.75), ("noise+mask", 0.75), ("noise+mask", 0)):
+        config = NIMConfig(**TINY, **TINY_DECODER, degradation=degradation, mask_ratio=mask_ratio)
+        model = NIMForPreTraining(config).train()
         model(pixel_values).loss.backward()
         assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 

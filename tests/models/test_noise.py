@@ -10,11 +10,12 @@ from modeling_nim.noise_nim import (
     DISTRIBUTIONS,
     add_noise,
     clamp_to_image_range,
-    degrade,
     denormalize,
+    draw_by_image,
     normalize,
     parse_sigma,
     sample_epsilon,
+    sample_mask_noise,
     sample_sigma,
 )
 
@@ -125,12 +126,18 @@ def test_add_noise_refuses_shapes_that_do_not_fit(sigma, shape, message):
 
 @pytest.mark.parametrize("sigma", [30, "uniform(0, 30)", "gamma(25, 3)"])
 def test_a_generator_gives_each_image_the_same_draw_at_any_batch_size(sigma):
-    images = torch.randn(5, 3, 6, 6)
+    samplers = {
+        "sigma": lambda number, generator: sample_sigma(sigma, number, generator),
+        "epsilon": lambda number, generator: sample_epsilon((number, 3, 6, 6), generator),
+        "noise": lambda number, generator: sample_mask_noise((number, 16), generator),
+    }
     together, one_by_one = seeded(3), seeded(3)
-    batch = degrade(images, sigma, None, together, STD)
-    singles = torch.cat([degrade(image[None], sigma, None, one_by_one, STD) for image in images])
-    assert torch.equal(batch, singles)
+    batch = draw_by_image(samplers, 5, together)
+    singles = [draw_by_image(samplers, 1, one_by_one) for _ in range(5)]
+    for name in samplers:
+        assert torch.equal(batch[name], torch.cat([single[name] for single in singles]))
     assert torch.equal(together.get_state(), one_by_one.get_state())
+    assert len(batch["epsilon"].unique()) == 5 * 3 * 6 * 6
 
 
 def test_a_list_of_generators_gives_each_image_its_own_stream():
@@ -143,7 +150,8 @@ def test_a_list_of_generators_gives_each_image_its_own_stream():
 
 def test_a_generator_leaves_the_global_rng_alone():
     before = torch.get_rng_state()
-    degrade(torch.zeros(2, 3, 4, 4), "gamma(25, 3)", None, seeded(), STD)
+    for sample in (lambda n, g: sample_sigma("gamma(25, 3)", n, g), lambda n, g: sample_epsilon((n, 3, 4, 4), g)):
+        draw_by_image({"draw": sample}, 2, seeded())
     assert torch.equal(torch.get_rng_state(), before)
 
 

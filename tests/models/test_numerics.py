@@ -57,6 +57,8 @@ PURIFIERS = {
     "nim_mae raw pixels": lambda: nim_mae(norm_pix_loss=False),
     "nim_mae with a convolutional stem": lambda: nim_mae(norm_pix_loss=False, patch_embedding="convolutional"),
     "mae": lambda: nim_mae(degradation="mask"),
+    "nim_mae_masked": lambda: nim_mae(degradation="noise+mask"),
+    "nim_mae_masked raw pixels": lambda: nim_mae(degradation="noise+mask", norm_pix_loss=False),
     "nim_simmim": lambda: nim_simmim(),
     "simmim": lambda: nim_simmim(degradation="mask"),
 }
@@ -72,11 +74,13 @@ every_classifier = pytest.mark.parametrize("name", CLASSIFIERS)
 
 def draws(model, batch_size: int, dtype=torch.float32) -> dict[str, torch.Tensor]:
     """Given randomness for one call, as the model's degradation takes it."""
-    if model.config.degradation == "mask":
-        patches = 4 if hasattr(model.config, "mask_patch_size") else 16
-        return {"noise": torch.rand(batch_size, patches)}
-    sigma = torch.linspace(20, 60, batch_size).to(dtype)
-    return {"sigma": sigma, "epsilon": torch.randn(batch_size, 3, 16, 16, dtype=dtype)}
+    given = {}
+    if model.config.adds_noise:
+        given["sigma"] = torch.linspace(20, 60, batch_size).to(dtype)
+        given["epsilon"] = torch.randn(batch_size, 3, 16, 16, dtype=dtype)
+    if model.config.hides_patches:
+        given["noise"] = torch.rand(batch_size, 4 if hasattr(model.config, "mask_patch_size") else 16)
+    return given
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
