@@ -45,6 +45,8 @@ bench: setup
 	$(BIN)/python scripts/bench/pretrain.py
 	$(BIN)/python scripts/bench/purify.py
 	$(BIN)/python scripts/bench/training.py
+	test -f outputs/photos/efficientnet_lite0/config.json || $(BIN)/python examples/efficientnet_lite.py outputs/photos/efficientnet_lite0
+	$(BIN)/python scripts/bench/tiles.py
 	$(BIN)/python scripts/bench/startup.py
 	$(BIN)/python scripts/bench/attack.py
 

@@ -12,10 +12,18 @@ import pytest
 import reference
 import torch
 import yaml
+from conftest import TINY, TINY_DECODER
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, AutoModelForPreTraining, pipeline
 
-from modeling_nim import NIMForPreTraining, NIMPurifiedImageClassification, image_processor_for
+from modeling_nim import (
+    NIMClassifierConfig,
+    NIMConfig,
+    NIMForImageClassification,
+    NIMForPreTraining,
+    NIMPurifiedImageClassification,
+    image_processor_for,
+)
 from modeling_nim.tiles_nim import TileGrid
 
 
@@ -86,6 +94,32 @@ def test_run_attack_takes_both_by_their_directories(classifier, tmp_path):
     found = {(row["model"], row["threat_model"]): row["accuracy"] for row in rows}
     assert found["undefended", "clean"] == found["purified", "clean"] == found["purified", "gray_box"] == 100
     assert found["undefended", "white_box"] == 0
+
+
+def test_the_cost_of_tiles_is_measured_by_stride(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    size = TINY | {"image_size": 16, "patch_size": 8}
+    NIMForPreTraining(NIMConfig(**size, **TINY_DECODER, tile_border=0)).save_pretrained(tmp_path / "purifier")
+    classifier = NIMForImageClassification(NIMClassifierConfig(**size | {"image_size": 48}, num_labels=3))
+    classifier.save_pretrained(tmp_path / "classifier")
+    arguments = [
+        "--purifier",
+        str(tmp_path / "purifier"),
+        "--classifier",
+        str(tmp_path / "classifier"),
+        "--rounds",
+        "2",
+    ]
+    arguments += ["--strides", "8", "16", "--output", str(tmp_path / "tiles.json")]
+    monkeypatch.setattr(sys, "argv", ["tiles.py", *arguments])
+    reference.load_script("bench/tiles").main()
+    result = json.loads((tmp_path / "tiles.json").read_text())
+    half, whole = result["rows"]
+    assert result["image_size"] == 48 and (half["stride"], whole["stride"]) == (8, 16)
+    assert half["gflops"] == pytest.approx(25 / 9 * whole["gflops"])  # 5 x 5 tiles, or 3 x 3
+    for row in result["rows"]:
+        assert row["ratio"] == row["milliseconds"] / result["bare"]["milliseconds"] > 0
+        assert row["flops_ratio"] == pytest.approx(row["gflops"] / result["bare"]["gflops"])
 
 
 @pytest.mark.parametrize("name", ["coffee", "rocket"])
