@@ -126,7 +126,8 @@ def test_the_page_on_your_own_images_runs_from_a_folder_to_certificates(tmp_path
                 pixels = drawn.integers(0, 256, (50 + number, 70, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{number:03}.jpg")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "scripts").symlink_to(REPOSITORY / "scripts")
+    for folder in ("scripts", "model_cards"):
+        (tmp_path / folder).symlink_to(REPOSITORY / folder)
     short = {"run_pretrain": ["optimization.batch_size=8", "optimization.epochs=1", "optimization.warmup_epochs=0"]}
     short["run_finetune"] = short["run_pretrain"]
     short["run_attack"] = ["num_images=4", "num_draws=2", "attacks.0.steps=2", "attacks.1.steps=2", "micro_batch=32"]
@@ -135,9 +136,11 @@ def test_the_page_on_your_own_images_runs_from_a_folder_to_certificates(tmp_path
         script = Path(words[2]).stem
         monkeypatch.setattr(sys, "argv", [words[2], *words[3:], *short[script]])
         load_script(script).main()
+    namespace: dict = {}
     for text in blocks(page, "python"):
-        namespace: dict = {}
         exec(text, namespace)
+    assert namespace["logits"].shape == (1, 2)
+    assert namespace["defended"].purifier.config.image_size == 32 < namespace["pixel_values"].shape[-1]
     assert {answer["label"] for answer in namespace["answers"]} == {"cat", "dog"}
     assert sum(answer["score"] for answer in namespace["answers"]) == pytest.approx(1, abs=1e-5)
     rows = json.loads((tmp_path / "outputs/folder/attack/summary.json").read_text())["rows"]
