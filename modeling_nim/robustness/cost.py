@@ -19,7 +19,7 @@ def measure_speed(target: Target, images_01: torch.Tensor, micro_batch: int) -> 
     ids = [f"speed/{row}" for row in range(rows)]
     speed = {}
     for name, forward in (("full", target_forward(target)), ("classifier", without_draws(target.classifier_logits))):
-        oracle = Oracle(forward, labels, ids, seed=0, micro_batch=rows)
+        oracle = Oracle(forward, labels, ids, seed=0, micro_batch=rows, bf16_gradients=target.bf16_gradients)
         for kind, question in (("forward", oracle.loss), ("gradient", oracle.gradient)):
             question(images)  # the first call warms up
             synchronize(images.device)

@@ -79,6 +79,7 @@ def _attack(job, targets, images_01, labels, image_ids, selection_draws, micro_b
         targeted=recipe.targeted,
         is_random=sees_randomness,
         answers_only=job.threat_model == "black_box",
+        bf16_gradients=view.bf16_gradients,
     )
     row_losses = recipe.losses
     if row.sees == "features":

@@ -20,7 +20,7 @@ from ..image_processing import image_processor_for
 from ..modeling_nim import NIMForPreTraining
 from ..modeling_nim_purified import NIMPurifiedImageClassification
 from ..runs.errors import naming_damaged_weights
-from ..training.models import load_config
+from ..training.models import load_config, set_attention
 from .checks import check_processor
 from .images import TensorImages
 from .recipes import AttackRecipe, EvaluatedModelRecipe
@@ -92,10 +92,15 @@ def load_targets(
             recipe.classifier,
             str(recipe.classifier_settings()),
             recipe.trust_remote_code,
+            recipe.gradient_precision,
         )
         if key not in loaded:
             model, processor = _load_model(recipe)
             check_processor(recipe.name, model, processor)
+            if recipe.gradient_precision == "bf16":
+                composed = isinstance(model, NIMPurifiedImageClassification)
+                parts = [model.purifier, model.classifier] if composed else [model]
+                set_attention(parts, "auto", recipe.gradient_precision, torch.device(device))
             loaded[key] = project_patches_by_matrix_product(model).to(device), processor
         model, processor = loaded[key]
         sigmas = recipe.sigmas()
@@ -103,7 +108,9 @@ def load_targets(
         if sigmas == [None] and default_sigmas and defended and model.config.purifier_config.adds_noise:
             sigmas = list(default_sigmas)
         for sigma in sigmas:
-            targets.append(_make_target(recipe, model, processor, sigma))
+            target = _make_target(recipe, model, processor, sigma)
+            target.bf16_gradients = recipe.gradient_precision == "bf16"
+            targets.append(target)
             processors.append(processor)
     return targets, processors
 

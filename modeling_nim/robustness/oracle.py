@@ -68,6 +68,7 @@ class Oracle:
         targeted: the loss towards `labels` is made small instead.
         is_random: whether the model under attack answers otherwise to another draw.
         answers_only: there are no gradients to be had: a black box.
+        bf16_gradients: gradients are computed in bfloat16, which is faster; losses and decisions stay in float32.
     """
 
     def __init__(
@@ -83,13 +84,14 @@ class Oracle:
         targeted: bool = False,
         is_random: bool = True,
         answers_only: bool = False,
+        bf16_gradients: bool = False,
     ):
         if eot_samples < 1 or micro_batch < 1:
             raise ValueError(f"eot_samples and micro_batch must be at least 1, got {eot_samples} and {micro_batch}")
         self.forward, self.labels, self.image_ids, self.seed = forward, labels, list(image_ids), seed
         self.eot_samples, self.known_draw, self.micro_batch = eot_samples, known_draw, micro_batch
         self.row_loss, self.sign, self.is_random = row_loss, -1.0 if targeted else 1.0, is_random
-        self.answers_only, self.restart = answers_only, 0
+        self.answers_only, self.bf16_gradients, self.restart = answers_only, bf16_gradients, 0
         self.queries = torch.zeros(len(self.image_ids), dtype=torch.long)
         self.zero_gradients = torch.zeros(len(self.image_ids), dtype=torch.long)
 
@@ -138,7 +140,8 @@ class Oracle:
         for group, draws in self._groups(range(len(images_01))):
             piece = slice(group[0], group[-1] + 1)
             leaf = images_01[piece].detach().requires_grad_()
-            row_losses, row_weights = self._losses(leaf, group, draws, weigh)
+            with torch.autocast(leaf.device.type, torch.bfloat16, enabled=self.bf16_gradients):
+                row_losses, row_weights = self._losses(leaf, group, draws, weigh)
             if row_weights is None:
                 mean = row_losses.sum(dim=1) / self.eot_samples  # (b,)
             else:

@@ -252,6 +252,8 @@ class EvaluatedModelRecipe:
     # of the normalization that the classifier expects
     classifier_image_mean: list[Annotated[float, Bounds(least=-1000, most=1000)]] | None = None
     classifier_image_std: list[Annotated[float, Bounds(above=0)]] | None = None  # likewise
+    # of what attacks differentiate; answers are always computed in float32
+    gradient_precision: Literal["float32", "bf16"] = "float32"
     trust_remote_code: bool = False  # run the code beside the weights; read it first
 
     def __post_init__(self):

@@ -31,6 +31,7 @@ class Target(nn.Module):
     sigma: str | None = None  # None: there is no defense
     is_random: bool = False
     patch_size: int | None = None  # of the purifier, for the patch-mean attack
+    bf16_gradients: bool = False  # attacks compute in bfloat16 what they differentiate; answers stay in float32
     rows_per_decision: int = 1  # forward passes of one decision (the votes), for the micro-batch and the cost
 
     def draw(self, seeds: Sequence[int], image_shape: Sequence[int]) -> Noise:

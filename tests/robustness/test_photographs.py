@@ -24,6 +24,9 @@ from modeling_nim import (
     NIMPurifiedImageClassification,
     image_processor_for,
 )
+from modeling_nim.robustness.loading import load_targets
+from modeling_nim.robustness.oracle import Oracle, decide, target_forward
+from modeling_nim.robustness.recipes import EvaluatedModelRecipe
 from modeling_nim.tiles_nim import TileGrid
 
 
@@ -146,3 +149,24 @@ def test_no_seams_show_where_tiles_meet(name):
     config = model.config
     assert step_at_edges(config.tile_stride, config.tile_border, config.tile_window) < 1.25
     assert step_at_edges(config.image_size, 0, "uniform") > 1.5
+
+
+def test_gradients_in_bf16_agree_and_answers_stay_in_float32(tmp_path):
+    torch.manual_seed(0)
+    classifier = NIMForImageClassification(NIMClassifierConfig(**TINY | {"image_size": 64}, num_labels=3))
+    torch.nn.init.normal_(classifier.classifier.weight)
+    classifier.save_pretrained(tmp_path)
+    parts = {"purifier": str(PURIFIER), "classifier": str(tmp_path), "sigma": 30}
+    recipes = [EvaluatedModelRecipe(kind, gradient_precision=kind, **parts) for kind in ("float32", "bf16")]
+    exact, fast = load_targets(recipes, "cpu")[0]
+    assert fast.model.purifier.config._attn_implementation == "eager"
+    images_01 = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    labels, ids = torch.tensor([0, 1]), ["a", "b"]
+    answers, gradients = [], []
+    for target in (exact, fast):
+        oracle = Oracle(target_forward(target), labels, ids, seed=0, bf16_gradients=target.bf16_gradients)
+        gradients.append(oracle.gradient(images_01)[1].flatten(1))
+        answers.append(decide(target_forward(target), images_01, ids, 0, "evaluate", 1, 2))
+    torch.testing.assert_close(*answers, atol=1e-4, rtol=1e-4)
+    assert not torch.equal(*gradients)
+    assert torch.nn.functional.cosine_similarity(*gradients).min() > 0.98
