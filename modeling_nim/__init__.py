@@ -8,10 +8,11 @@ from .configuration_nim import (
     MODEL_SIZES,
     NIMClassifierConfig,
     NIMConfig,
-    NIMPurifiedConfig,
     NIMSimMIMClassifierConfig,
     NIMSimMIMConfig,
 )
+from .configuration_nim_purified import NIMPurifiedConfig
+from .families_nim import FAMILIES, MAE
 from .image_processing import image_processor_for
 from .modeling_nim import NIMForImageClassification, NIMForPreTraining, NIMModel, ResizePositions
 from .modeling_nim_purified import NIMPurifiedImageClassification
@@ -44,15 +45,12 @@ __all__ = [
     "sample_sigma",
 ]
 
-for _auto_class, _config, _model in [
-    (AutoModel, NIMConfig, NIMModel),
-    (AutoModelForPreTraining, NIMConfig, NIMForPreTraining),
-    (AutoModelForImageClassification, NIMClassifierConfig, NIMForImageClassification),
-    (AutoModel, NIMSimMIMConfig, NIMSimMIMModel),
-    (AutoModelForPreTraining, NIMSimMIMConfig, NIMSimMIMForPreTraining),
-    (AutoModelForImageClassification, NIMSimMIMClassifierConfig, NIMSimMIMForImageClassification),
-    (AutoModelForImageClassification, NIMPurifiedConfig, NIMPurifiedImageClassification),
+_auto_classes = (AutoModel, AutoModelForPreTraining, AutoModelForImageClassification)
+for _auto_class, _model in [
+    *(pair for family in FAMILIES for pair in zip(_auto_classes, family.models, strict=True)),
+    (AutoModelForImageClassification, NIMPurifiedImageClassification),
 ]:
+    _config = _model.config_class
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     _auto_class.register(_config, _model, exist_ok=True)
     # Saved models carry their code, so that trust_remote_code=True loads them where this package is not installed.
@@ -62,9 +60,9 @@ for _auto_class, _config, _model in [
 # transformers' own MAE checkpoints load into our classes: with today's key names, with those of before version 5, and
 # with what version 5 writes when it goes back to old names ("decoder.decoder_encoder.layer.0" for
 # "decoder.decoder_layers.0"). `from_pretrained(DIR, image_size=...)` fits the positions.
-for _name in ("NIMModel", "NIMForPreTraining", "NIMForImageClassification"):
+for _model in MAE.models:
     register_checkpoint_conversion_mapping(
-        _name,
+        _model.__name__,
         [WeightRenaming(r"encoder\.layer\.", "layers.")]
         + get_checkpoint_conversion_mapping("ViTMAEForPreTraining")
         + [

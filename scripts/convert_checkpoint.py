@@ -3,9 +3,11 @@
     python scripts/convert_checkpoint.py --source nim-mae --checkpoint checkpoint.pt --output_dir models/nim-mae-base
     python scripts/convert_checkpoint.py --source mae --checkpoint mae_visualize_vit_large_ganloss.pth \
         --no_norm_pix_loss --output_dir models/mae-large-gan
+    python scripts/convert_checkpoint.py --source dmae --checkpoint dmae_base.pth --no_norm_pix_loss \
+        --output_dir models/dmae-base
     python scripts/convert_checkpoint.py --source simmim --checkpoint simmim_pretrain.pth --output_dir models/simmim
 
-`--source` names the code that wrote the file: `nim-mae` (the authors' NIM), `mae`, or `simmim`. Whether it is a
+`--source` names the code that wrote the file: `nim-mae` (the authors' NIM), `mae`, `dmae`, or `simmim`. Whether it is a
 pre-trained model or a fine-tuned classifier is told by its tensors, and so are all sizes but the number of attention
 heads. Nothing in the file is executed. A tensor that is missing, unexpected or of another shape is an error, and then
 nothing is written.
@@ -29,16 +31,22 @@ from modeling_nim.configuration_nim import (
     NIMSimMIMClassifierConfig,
     NIMSimMIMConfig,
 )
+from modeling_nim.families_nim import ARCHITECTURES, SIMMIM
 from modeling_nim.image_processing import image_processor_for
-from modeling_nim.modeling_nim import NIMForImageClassification, NIMForPreTraining
-from modeling_nim.modeling_nim_simmim import (
-    NIMSimMIMForImageClassification,
-    NIMSimMIMForPreTraining,
-    relative_position_index,
-)
+from modeling_nim.modeling_nim_simmim import relative_position_index
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.files import written_whole
 
+
+# What wrote the file, and the architecture that it pre-trains.
+SOURCES = {
+    "nim-mae": ARCHITECTURES["nim_mae"],
+    "mae": ARCHITECTURES["mae"],
+    "dmae": ARCHITECTURES["nim_mae_masked"],
+    "simmim": ARCHITECTURES["simmim"],
+}
+# The noise of pre-training where the paper of the code has one for all of its models; DMAE's is 0.25 of the range.
+SIGMA_255 = {"dmae": f"{0.25 * 255:g}"}
 
 StateDict = dict[str, torch.Tensor]
 # For each tensor of the reference the tensors of ours that it holds, stacked along its first dimension.
@@ -181,7 +189,7 @@ def _heads(given: int | None, width: int, option: str, known: dict[int, int], he
 
 
 def mae_config(tensors: StateDict, args: argparse.Namespace) -> NIMConfig | NIMClassifierConfig:
-    """Configuration of an MAE or NIM-MAE checkpoint, with sizes from its tensors."""
+    """Configuration of an MAE, NIM-MAE or DMAE checkpoint, with sizes from its tensors."""
     width, channels, patch, _ = _shape(tensors, "patch_embed.proj.weight", 4)
     known = {size["hidden_size"]: size["num_attention_heads"] for size in MODEL_SIZES.values()}
     encoder = {
@@ -197,15 +205,17 @@ def mae_config(tensors: StateDict, args: argparse.Namespace) -> NIMConfig | NIMC
         return NIMClassifierConfig(**encoder, num_labels=_shape(tensors, "head.weight", 2)[0])
     width = _shape(tensors, "decoder_embed.weight", 2)[0]
     known = {size["decoder_hidden_size"]: size["decoder_num_attention_heads"] for size in MODEL_SIZES.values()}
+    own = {"sigma": SIGMA_255[args.source]} if args.source in SIGMA_255 else {}
     return NIMConfig(
         **encoder,
+        **own,
         decoder_hidden_size=width,
         decoder_num_hidden_layers=_depth(tensors, "decoder_blocks"),
         decoder_num_attention_heads=_heads(
             args.decoder_num_attention_heads, width, "--decoder_num_attention_heads", known, 32
         ),
         decoder_intermediate_size=_shape(tensors, "decoder_blocks.0.mlp.fc1.weight", 2)[0],
-        degradation=args.degradation or ("noise" if args.source == "nim-mae" else "mask"),
+        degradation=args.degradation or SOURCES[args.source].degradation,
         norm_pix_loss=not args.no_norm_pix_loss,
     )
 
@@ -233,7 +243,8 @@ def simmim_config(tensors: StateDict, args: argparse.Namespace) -> NIMSimMIMConf
         return NIMSimMIMClassifierConfig(**sizes, num_labels=_shape(tensors, "head.weight", 2)[0])
     # SimMIM hides squares of 2 x 2 patches (32 pixels at patch 16) where the image can be cut into them.
     mask_patch_size = 2 * patch if grid % 2 == 0 and grid > 2 else patch
-    return NIMSimMIMConfig(**sizes, degradation=args.degradation or "mask", mask_patch_size=mask_patch_size)
+    degradation = args.degradation or SOURCES[args.source].degradation
+    return NIMSimMIMConfig(**sizes, degradation=degradation, mask_patch_size=mask_patch_size)
 
 
 def convert(tensors: StateDict, layout: Layout, model: PreTrainedModel) -> PreTrainedModel:
@@ -281,7 +292,7 @@ def save_directory(model: PreTrainedModel, output_dir: str) -> None:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", required=True, choices=["nim-mae", "mae", "simmim"])
+    parser.add_argument("--source", required=True, choices=SOURCES)
     parser.add_argument("--checkpoint", required=True, help="the reference's .pt or .pth file")
     parser.add_argument("--output_dir", required=True, help="the model directory to make")
     parser.add_argument(
@@ -290,8 +301,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--decoder_num_attention_heads", type=int, help="default: width / 32, as the published models")
     parser.add_argument(
         "--degradation",
-        choices=["noise", "mask"],
-        help="what a pre-trained model undoes; default: noise for nim-mae, mask otherwise (give noise for NIM-SimMIM)",
+        choices=sorted({architecture.degradation for architecture in SOURCES.values()}),
+        help="what a pre-trained model undoes; default: noise for nim-mae, noise+mask for dmae, otherwise mask "
+        "(give noise for NIM-SimMIM)",
     )
     parser.add_argument("--patch_size", type=int, help="checked against the tensors")
     parser.add_argument(
@@ -308,21 +320,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--output_dir {args.output_dir!r} exists and is not empty: choose another or remove it")
 
     tensors = load_reference(args.checkpoint)
+    family = SOURCES[args.source].family
     config: PreTrainedConfig
-    if args.source == "simmim":
-        config, pretraining, classification = (
-            simmim_config(tensors, args),
-            NIMSimMIMForPreTraining,
-            NIMSimMIMForImageClassification,
-        )
+    if family is SIMMIM:
+        config = simmim_config(tensors, args)
         layout = simmim_layout(config)
     else:
-        config, pretraining, classification = mae_config(tensors, args), NIMForPreTraining, NIMForImageClassification
+        config = mae_config(tensors, args)
         layout = mae_layout(config)
     if args.patch_size not in (None, config.patch_size):
         raise ValueError(f"--patch_size {args.patch_size}: the patch projection is for patches of {config.patch_size}")
-    is_classifier = isinstance(config, (NIMClassifierConfig, NIMSimMIMClassifierConfig))
-    model = convert(tensors, layout, (classification if is_classifier else pretraining)(config))
+    is_classifier = isinstance(config, family.classifier.config_class)
+    model = convert(tensors, layout, (family.classifier if is_classifier else family.pretraining)(config))
     save_directory(model, args.output_dir)
     print(
         f"{args.output_dir}: {type(model).__name__}, {model.num_parameters():,} parameters, images "

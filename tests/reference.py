@@ -73,9 +73,11 @@ def patch_tokens(images: torch.Tensor, sd: StateDict) -> torch.Tensor:
     return F.conv2d(images, weight, bias, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
 
 
-def mae_encode(images: torch.Tensor, sd: StateDict, heads: int) -> torch.Tensor:
-    """All patches, before the last norm; `(B, 1 + N, D)`."""
+def mae_encode(images: torch.Tensor, sd: StateDict, heads: int, seen: torch.Tensor | None = None) -> torch.Tensor:
+    """All patches, or the `seen` ones `(B, S)` of each image in this order, before the last norm; `(B, 1 + N, D)`."""
     x = patch_tokens(images, sd) + sd["pos_embed"][:, 1:]
+    if seen is not None:
+        x = torch.stack([patches[numbers] for patches, numbers in zip(x, seen, strict=True)])
     x = torch.cat([(sd["cls_token"] + sd["pos_embed"][:, :1]).expand(len(x), -1, -1), x], dim=1)
     for layer in range(depth(sd, "blocks")):
         x = block(x, sd, f"blocks.{layer}", heads)
@@ -84,15 +86,38 @@ def mae_encode(images: torch.Tensor, sd: StateDict, heads: int) -> torch.Tensor:
 
 def nim_mae(noisy: torch.Tensor, clean: torch.Tensor, sd: StateDict, heads: int, decoder_heads: int) -> torch.Tensor:
     """The reconstruction with norm_pix: de-normalized with the statistics of the clean patches."""
-    x = linear(layer_norm(mae_encode(noisy, sd, heads), sd, "norm"), sd, "decoder_embed") + sd["decoder_pos_embed"]
-    for layer in range(depth(sd, "decoder_blocks")):
-        x = block(x, sd, f"decoder_blocks.{layer}", decoder_heads)
-    patches = linear(layer_norm(x, sd, "decoder_norm"), sd, "decoder_pred")[:, 1:]  # (B, N, p * p * 3)
+    x = linear(layer_norm(mae_encode(noisy, sd, heads), sd, "norm"), sd, "decoder_embed")
+    patches = mae_decode(x, sd, decoder_heads)
     patch = sd["patch_embed.proj.weight"].shape[-1]
     side = clean.shape[-1] // patch
     target = clean.view(-1, 3, side, patch, side, patch).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
     patches = patches * (target.var(-1, keepdim=True) + 1e-6).sqrt() + target.mean(-1, keepdim=True)
-    return patches.view(-1, side, side, patch, patch, 3).permute(0, 5, 1, 3, 2, 4).reshape(clean.shape)
+    return to_images(patches, patch)
+
+
+def mae_decode(x: torch.Tensor, sd: StateDict, heads: int) -> torch.Tensor:
+    """Embedded tokens `(B, 1 + N, D)` to patches `(B, N, p * p * 3)`."""
+    x = x + sd["decoder_pos_embed"]
+    for layer in range(depth(sd, "decoder_blocks")):
+        x = block(x, sd, f"decoder_blocks.{layer}", heads)
+    return linear(layer_norm(x, sd, "decoder_norm"), sd, "decoder_pred")[:, 1:]
+
+
+def to_images(patches: torch.Tensor, patch: int) -> torch.Tensor:
+    side = int(patches.shape[1] ** 0.5)
+    pixels = patches.view(-1, side, side, patch, patch, 3).permute(0, 5, 1, 3, 2, 4)
+    return pixels.reshape(len(patches), 3, side * patch, side * patch)
+
+
+def dmae(noisy: torch.Tensor, order: torch.Tensor, sd: StateDict, heads: int, decoder_heads: int) -> torch.Tensor:
+    """The reconstruction, in raw pixels, from the quarter of the noisy patches that comes first in `order` `(B, N)`."""
+    seen = order.argsort(dim=1)[:, : order.shape[1] // 4]
+    latent = linear(layer_norm(mae_encode(noisy, sd, heads, seen), sd, "norm"), sd, "decoder_embed")
+    x = sd["mask_token"].repeat(len(noisy), order.shape[1], 1)
+    for image, numbers in enumerate(seen):
+        x[image, numbers] = latent[image, 1:]
+    patches = mae_decode(torch.cat([latent[:, :1], x], dim=1), sd, decoder_heads)
+    return to_images(patches, sd["patch_embed.proj.weight"].shape[-1])
 
 
 def mae_classify(images: torch.Tensor, sd: StateDict, heads: int) -> torch.Tensor:

@@ -16,21 +16,13 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_nim import MAX_VOTES, NIMPurifiedConfig
+from .configuration_nim_purified import MAX_VOTES, NIMPurifiedConfig
+from .families_nim import CLASSIFIERS, PURIFIERS
 from .image_processing import ImageProcessorMixin, image_processor_for, image_settings_of
 from .loading_nim import LoadedAsBuiltMixin
-from .modeling_nim import NIMForImageClassification, NIMForPreTraining, classification_loss, require_image_size
-from .modeling_nim_simmim import NIMSimMIMForImageClassification, NIMSimMIMForPreTraining
+from .modeling_nim import classification_loss, require_image_size
 from .noise_nim import Generators, denormalize, generators_per_image, normalize
 from .pipeline_nim import NIMImageClassificationPipeline  # noqa: F401  its file must travel with this one to the Hub
-
-
-# By model type, so that the parts are found also where nothing is registered with the Auto classes (remote code).
-_PURIFIERS = {"nim": NIMForPreTraining, "nim_simmim": NIMSimMIMForPreTraining}
-_CLASSIFIERS = {
-    "nim_classifier": NIMForImageClassification,
-    "nim_simmim_classifier": NIMSimMIMForImageClassification,
-}
 
 
 def _build_part(own: dict[str, type[PreTrainedModel]], auto_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
@@ -96,8 +88,8 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, LoadedAsBuiltMixin, Pr
                 )
             )
         else:
-            self.purifier = _build_part(_PURIFIERS, AutoModelForPreTraining, config.purifier_config)
-            self.classifier = _build_part(_CLASSIFIERS, AutoModelForImageClassification, config.classifier_config)
+            self.purifier = _build_part(PURIFIERS, AutoModelForPreTraining, config.purifier_config)
+            self.classifier = _build_part(CLASSIFIERS, AutoModelForImageClassification, config.classifier_config)
         self.post_init()
 
     def _init_weights(self, module: nn.Module):

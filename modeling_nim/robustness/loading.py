@@ -12,12 +12,11 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     AutoModelForPreTraining,
-    ViTMAEConfig,
 )
 
 from ..data import ImageSource
+from ..families_nim import PURIFIERS
 from ..image_processing import image_processor_for
-from ..modeling_nim import NIMForPreTraining
 from ..modeling_nim_purified import NIMPurifiedImageClassification
 from ..runs.errors import naming_damaged_weights
 from ..training.models import load_config, set_attention
@@ -180,8 +179,8 @@ def _load(auto_class: type, path: str, trust_remote_code: bool = False) -> nn.Mo
     if trust_remote_code and getattr(config, "auto_map", None):
         warnings.warn(f"{path}: runs the Python code that lies beside the weights; read it first", stacklevel=2)
     classifies = auto_class is AutoModelForImageClassification
-    if not classifies and config.model_type == ViTMAEConfig.model_type:
-        auto_class = NIMForPreTraining  # transformers' own MAE cannot purify; its checkpoints load into ours
+    if not classifies and config.model_type in PURIFIERS:
+        auto_class = PURIFIERS[config.model_type]  # transformers' own MAE cannot purify; its checkpoints load into ours
     elif type(config) not in auto_class._model_mapping and not (
         trust_remote_code and auto_class.__name__ in getattr(config, "auto_map", {})
     ):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from ..configuration_nim import MAX_VOTES
+from ..configuration_nim_purified import MAX_VOTES
 from ..data import DataRecipe
 from ..noise_nim import MAX_SIGMA_255, parse_sigma
 from ..runs.bounds import Bounds, Count, Seed, check_fields

@@ -170,6 +170,10 @@ def _type(annotation: ast.expr, path: Path) -> str:
         case ast.Subscript(value=ast.Name(id="Annotated"), slice=ast.Tuple(elts=[inner, ast.Call(keywords=bounds)])):
             limits = ", ".join(f"{b.arg} {ast.unparse(b.value)}" for b in bounds if b.arg != "reason")
             return f"{_type(inner, path)} [{limits}]"
+        case ast.Subscript(
+            value=ast.Name(id="Literal"), slice=ast.Call(func=ast.Name("tuple"), args=[ast.Name(table)])
+        ):
+            return " | ".join(_yaml(key.value) for key in _find(table, path).node.keys)
         case ast.Subscript(value=ast.Name(id="Literal"), slice=choices):
             choices = choices.elts if isinstance(choices, ast.Tuple) else [choices]
             return " | ".join(_yaml(choice.value) for choice in choices)

@@ -10,46 +10,12 @@ import torch
 from accelerate import Accelerator
 from huggingface_hub.errors import StrictDataclassError
 from torch.optim.swa_utils import AveragedModel
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel, ViTMAEConfig
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
-from .. import (
-    MODEL_SIZES,
-    NIMClassifierConfig,
-    NIMConfig,
-    NIMForImageClassification,
-    NIMForPreTraining,
-    NIMPurifiedConfig,
-    NIMPurifiedImageClassification,
-    NIMSimMIMClassifierConfig,
-    NIMSimMIMConfig,
-    NIMSimMIMForImageClassification,
-    NIMSimMIMForPreTraining,
-)
+from .. import MODEL_SIZES, NIMPurifiedConfig, NIMPurifiedImageClassification
+from ..families_nim import ARCHITECTURES, BEGINNINGS, PURIFIERS
 from ..runs.errors import naming_damaged_weights
 from ..runs.files import INCOMPLETE, naming_path, remove, sync
-
-
-ARCHITECTURES = {
-    "nim_mae": (NIMConfig, NIMForPreTraining, "noise"),
-    "mae": (NIMConfig, NIMForPreTraining, "mask"),
-    "nim_mae_masked": (NIMConfig, NIMForPreTraining, "noise+mask"),
-    "nim_simmim": (NIMSimMIMConfig, NIMSimMIMForPreTraining, "noise"),
-    "simmim": (NIMSimMIMConfig, NIMSimMIMForPreTraining, "mask"),
-}
-
-CLASSIFIERS = {
-    NIMConfig.model_type: NIMForImageClassification,
-    ViTMAEConfig.model_type: NIMForImageClassification,  # transformers' MAE checkpoints load into our classes
-    NIMClassifierConfig.model_type: NIMForImageClassification,
-    NIMSimMIMConfig.model_type: NIMSimMIMForImageClassification,
-    NIMSimMIMClassifierConfig.model_type: NIMSimMIMForImageClassification,
-}
-
-PURIFIERS = {
-    NIMConfig.model_type: NIMForPreTraining,
-    ViTMAEConfig.model_type: NIMForPreTraining,
-    NIMSimMIMConfig.model_type: NIMSimMIMForPreTraining,
-}
 
 
 # On a CPU, one core, forward and backward: SDPA in bf16 takes 60 times as long as plain products at 17 tokens, 4 times
@@ -62,14 +28,15 @@ class ModelRecipe:
     """The `model` section: an architecture, one of `MODEL_SIZES` or none, and fields of its configuration over that."""
 
     # noise (nim_*), masks, or both (nim_mae_masked), on the encoder of MAE or of SimMIM
-    architecture: Literal["nim_mae", "mae", "nim_mae_masked", "nim_simmim", "simmim"] = "nim_mae"
+    architecture: Literal[tuple(ARCHITECTURES)] = "nim_mae"
     size: Literal["tiny", "small", "base", "large", "huge"] | None = None  # a preset of MODEL_SIZES
     config: dict[str, Any] = field(default_factory=dict)  # fields of NIMConfig or NIMSimMIMConfig, over the preset
 
 
 def make_config(recipe: ModelRecipe) -> PreTrainedConfig:
     """The model's configuration; ValueError for a field that it does not have or a value that it refuses."""
-    config_class, _, degradation = ARCHITECTURES[recipe.architecture]
+    architecture = ARCHITECTURES[recipe.architecture]
+    config_class = architecture.family.pretraining.config_class
     known = {entry.name for entry in dataclasses.fields(config_class)}
     for name in recipe.config:
         if name not in known or name == "degradation":
@@ -78,14 +45,14 @@ def make_config(recipe: ModelRecipe) -> PreTrainedConfig:
                 f"{', '.join(sorted(known - {'degradation'}))}"
             )
     preset = MODEL_SIZES[recipe.size] if recipe.size else {}
-    return config_class(**{**preset, **recipe.config, "degradation": degradation})
+    return config_class(**{**preset, **recipe.config, "degradation": architecture.degradation})
 
 
 def make_pretraining_model(recipe: ModelRecipe) -> PreTrainedModel:
     """A freshly initialized model for pre-training, from the global random state."""
     config = make_config(recipe)
     require_rgb(config)
-    return ARCHITECTURES[recipe.architecture][1](config)
+    return ARCHITECTURES[recipe.architecture].family.pretraining(config)
 
 
 def set_attention(
@@ -135,13 +102,13 @@ def load_classifier(path: str, class_names: list[str] | None, drop_path_rate: fl
     model_type = config.model_type
     if model_type == NIMPurifiedConfig.model_type:
         return _composed_classifier(path, config, len(class_names), drop_path_rate)
-    if model_type not in CLASSIFIERS:
+    if model_type not in BEGINNINGS:
         raise ValueError(
-            f"{path!r} is a {model_type!r} model; fine-tuning starts from one of {', '.join(CLASSIFIERS)} "
+            f"{path!r} is a {model_type!r} model; fine-tuning starts from one of {', '.join(BEGINNINGS)} "
             "(scripts/convert_checkpoint.py makes them from published MAE and SimMIM weights)"
         )
     with naming_damaged_weights(path):
-        model, info = CLASSIFIERS[model_type].from_pretrained(
+        model, info = BEGINNINGS[model_type].from_pretrained(
             path,
             id2label=dict(enumerate(class_names)),
             label2id={name: label for label, name in enumerate(class_names)},
@@ -162,10 +129,10 @@ def _composed_classifier(
     path: str, config: PreTrainedConfig, num_classes: int, drop_path_rate: float
 ) -> PreTrainedModel:
     """The classifier of the composed model at `path`, with another drop path."""
-    if config.classifier_config.model_type not in CLASSIFIERS:
+    if config.classifier_config.model_type not in BEGINNINGS:
         raise ValueError(
             f"the classifier of {path!r} is a {config.classifier_config.model_type!r} model, which is not fine-tuned "
-            f"here; name a composed model with one of {', '.join(CLASSIFIERS)}"
+            f"here; name a composed model with one of {', '.join(BEGINNINGS)}"
         )
     if config.num_labels != num_classes:
         raise ValueError(

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..families_nim import FAMILIES
 from ..runs.bounds import Bounds, Count, check_fields
 
 
@@ -177,14 +178,15 @@ def parameter_settings(
     1)` and what comes after at 1 (Clark et al. 2020). Biases, norms and other vectors, tokens and positions have no
     decay.
     """
-    layers = re.compile(r"^(?:classifier\.)?(?:vit|beit)\.layers\.(\d+)\.")
+    encoder = rf"^(?:classifier\.)?(?:{'|'.join(family.encoder.base_model_prefix for family in FAMILIES)})"
+    layers = re.compile(encoder + r"\.layers\.(\d+)\.")
     numbers = [int(match[1]) for name, _ in model.named_parameters() if (match := layers.match(name))]
     num_layers = max(numbers, default=-1) + 1
     settings = {}
     for name, parameter in model.named_parameters():
         if match := layers.match(name):
             depth = int(match[1]) + 1
-        elif re.match(r"^(?:classifier\.)?(?:vit|beit)\.embeddings\.", name):
+        elif re.match(encoder + r"\.embeddings\.", name):
             depth = 0
         else:
             depth = num_layers + 1

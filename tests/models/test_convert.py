@@ -18,6 +18,7 @@ HEADS = ["--num_attention_heads", "3", "--decoder_num_attention_heads", "2"]
 LAYOUTS = {  # checkpoint -> source, options, container as its training script writes it
     "mae_pretrain": ("nim-mae", HEADS, "model"),
     "mae_finetune": ("mae", HEADS[:2], "classifier"),
+    "dmae_pretrain": ("dmae", [*HEADS, "--no_norm_pix_loss"], "model"),
     "simmim_pretrain": ("simmim", ["--degradation", "noise"], "model"),
     "simmim_finetune": ("simmim", [], "model"),
 }
@@ -40,7 +41,7 @@ def run(tmp_path, state, source, options, container="model", legacy=False, **ext
 def test_other_sizes_give_the_reference_numbers(tmp_path, checkpoints, name, legacy):
     """48x48 images, 3 layers of width 24, 1 decoder layer, 7 classes."""
     source, options, container = LAYOUTS[name]
-    state = checkpoints[name]
+    state = checkpoints[name.replace("dmae", "mae")]  # DMAE's names are MAE's
     output_dir = run(tmp_path, state, source, options, container, legacy, optimizer={"state": {}}, epoch=3)
     clean, epsilon = torch.randn(2, 3, 48, 48), torch.randn(2, 3, 48, 48)
     sigma = torch.tensor([20.0, 60.0])
@@ -52,6 +53,13 @@ def test_other_sizes_give_the_reference_numbers(tmp_path, checkpoints, name, leg
             expected = classify(clean, state, *([3] if source == "mae" else []))
             found = model(clean).logits
             assert found.shape == (2, 7)
+        elif source == "dmae":
+            model = AutoModelForPreTraining.from_pretrained(output_dir)
+            order = torch.rand(2, 36)
+            expected = reference.dmae(noisy, order, state, heads=3, decoder_heads=2)
+            found = model(clean, sigma=sigma, epsilon=epsilon, noise=order).reconstruction
+            config = model.config
+            assert (config.degradation, config.sigma, config.mask_ratio) == ("noise+mask", "63.75", 0.75)
         elif source == "nim-mae":
             model = AutoModelForPreTraining.from_pretrained(output_dir)
             expected = reference.nim_mae(noisy, clean, state, heads=3, decoder_heads=2)

@@ -1,6 +1,8 @@
 """The optimizer's side of a recipe, value by value."""
 
 import copy
+import dataclasses
+import typing
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,19 +11,20 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import TINY, TINY_DECODER
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
 
 from modeling_nim import (
     NIMClassifierConfig,
     NIMConfig,
     NIMForImageClassification,
     NIMForPreTraining,
+    NIMPurifiedConfig,
     NIMPurifiedImageClassification,
     NIMSimMIMConfig,
 )
+from modeling_nim.families_nim import ARCHITECTURES, FAMILIES
 from modeling_nim.training.finetuning import Finetuning
 from modeling_nim.training.models import (
-    ARCHITECTURES,
     ModelRecipe,
     enable_activation_checkpointing,
     make_config,
@@ -33,6 +36,7 @@ from modeling_nim.training.optimization import (
     make_average,
     make_optimizer,
     make_plan,
+    parameter_settings,
     set_learning_rate,
     soft_cross_entropy,
 )
@@ -288,3 +292,22 @@ def test_the_draws_of_fine_tuning_are_of_the_defense_s_size_and_of_its_purifier_
     else:
         assert draws["noise"].shape == (2, 9 * 16)  # of 3 x 3 tiles
     assert model.purify(torch.randn(2, 3, 24, 24), **draws).shape == (2, 3, 24, 24)
+
+
+def test_one_table_knows_every_model():
+    """Registered, restored inside a defense, trained with layer decay, named by recipes: all from the same rows."""
+    for family in FAMILIES:
+        config = family.pretraining.config_class(**TINY, **TINY_DECODER)
+        classifier = family.classifier.config_class(**TINY, num_labels=5)
+        assert type(AutoModelForPreTraining.from_config(config)) is family.pretraining
+        assert type(AutoModel.from_config(config)) is family.encoder
+        assert type(AutoModelForImageClassification.from_config(classifier)) is family.classifier
+        defended = NIMPurifiedConfig(purifier_config=config.to_dict(), classifier_config=classifier.to_dict())
+        model = NIMPurifiedImageClassification(defended)
+        assert (type(model.purifier), type(model.classifier)) == (family.pretraining, family.classifier)
+        scales = parameter_settings(model.classifier, weight_decay=0.05, layer_decay=0.5)
+        assert {scale for scale, _ in scales.values()} == {1.0, 0.5, 0.25, 0.125}  # head, two layers, embeddings
+        pairs = {(a.family, a.degradation) for a in ARCHITECTURES.values() if a.family is family}
+        assert {(family, "noise"), (family, "mask")} <= pairs
+    (field,) = (field for field in dataclasses.fields(ModelRecipe) if field.name == "architecture")
+    assert typing.get_args(field.type) == tuple(ARCHITECTURES)
