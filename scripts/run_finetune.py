@@ -2,9 +2,11 @@
 
     python scripts/launch.py scripts/run_finetune.py scripts/recipes/digits/finetune_denoised.yaml [key=value ...]
 
-With `images: denoised` each image gets noise of its own sigma, is denoised by the purifier and clamped before the
-classifier sees it. With an `adversary` the images are attacked first, through all of that, and the purifier may learn
-too. As run_pretrain.py it runs on one machine or many and goes on where it was broken off. In `output_dir`:
+With `images: noisy` each image gets noise of its own sigma and nothing takes it away: for a smoothed classifier (Cohen
+et al. 2019), which is certified without a purifier. With `images: denoised` the purifier takes the noise away and
+clamps before the classifier sees the image. With an `adversary` the images are attacked first, through all of that, and
+the purifier may learn too. As run_pretrain.py it runs on one machine or many and goes on where it was broken off. In
+`output_dir`:
 
     config.json, model.safetensors, preprocessor_config.json   the classifier, at the end, unless it is frozen
     purified/                                                  purifier and classifier composed (Eq. 9), if one is named
@@ -96,10 +98,12 @@ class FinetuneRecipe:
     optimization: OptimizationRecipe
     init: str  # a pre-trained model, a classifier or a composed model: a directory or a Hub id
     trust_remote_code: bool = False  # of a frozen classifier: runs the Python code beside its weights
-    # what the classifier learns from: images as they are, or as the defense hands them on (Eq. 10)
-    images: Literal["original", "denoised"] = "original"
-    sigma: str | float = "uniform(0, 30)"  # of the noise that is denoised in training; the paper's
+    # what the classifier learns from: images as they are, with noise, or as the defense hands them on (Eq. 10)
+    images: Literal["original", "noisy", "denoised"] = "original"
+    sigma: str | float = "uniform(0, 30)"  # of the noise in training; the paper's
     purifier: str | None = None  # None: `init` itself, where images are denoised
+    # share of patches that a purifier trained with masks hides, here and in the composed model; null: its own
+    mask_ratio: Annotated[float, Bounds(least=0, below=1)] | None = None
     # of the composed model and of validation
     defense_sigma: Annotated[float, Bounds(least=0, most=MAX_SIGMA_255)] = 30.0
     # of the training images; larger than the purifier's, they are purified in tiles
@@ -123,17 +127,21 @@ class FinetuneRecipe:
         parse_sigma(self.sigma), parse_sigma(self.defense_sigma)
         if self.images == "denoised" and self.purifier is None:
             self.purifier = self.init
-        if self.images == "original" and self.adversary.trains != "classifier":
+        if self.mask_ratio is not None and self.purifier is None:
+            raise ValueError(
+                f"mask_ratio {self.mask_ratio:g} is for a purifier that hides patches: name one, or leave it out"
+            )
+        if self.images != "denoised" and self.adversary.trains != "classifier":
             raise ValueError(
                 f"adversary.trains {self.adversary.trains} needs the purifier in the way of the images: "
                 "set images=denoised"
             )
         if self.images == "original" and self.consistency.num_draws > 1:
             raise ValueError(
-                f"consistency.num_draws {self.consistency.num_draws} are draws of the purifier's noise: "
-                "set images=denoised"
+                f"consistency.num_draws {self.consistency.num_draws} are draws of the noise: set images=denoised or "
+                "images=noisy"
             )
-        if self.image_size is not None and (self.images == "original" or self.adversary.trains != "purifier"):
+        if self.image_size is not None and (self.images != "denoised" or self.adversary.trains != "purifier"):
             raise ValueError(
                 f"image_size {self.image_size} is for a purifier that learns on images larger than its own, before a "
                 "frozen classifier: set images=denoised adversary.trains=purifier, or leave it out"
@@ -259,7 +267,7 @@ def make_models(
         classifier = load_classifier(recipe.init, class_names, recipe.drop_path_rate)
     purified_model, parts = None, [classifier]
     if recipe.purifier:
-        purifier = load_purifier(recipe.purifier, trainable=trains != "classifier").to(accelerator.device)
+        purifier = load_purifier(recipe.purifier, trains != "classifier", recipe.mask_ratio).to(accelerator.device)
         if execution.compile and trains == "classifier":
             purifier.reconstruct = torch.compile(purifier.reconstruct)
         size = recipe.image_size

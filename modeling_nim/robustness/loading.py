@@ -18,12 +18,13 @@ from ..data import ImageSource
 from ..families_nim import PURIFIERS
 from ..image_processing import image_processor_for
 from ..modeling_nim_purified import NIMPurifiedImageClassification
+from ..noise_nim import parse_sigma
 from ..runs.errors import naming_damaged_weights
-from ..training.models import load_config, set_attention
+from ..training.models import load_config, set_attention, set_mask_ratio
 from .checks import check_processor
 from .images import TensorImages
 from .recipes import AttackRecipe, EvaluatedModelRecipe
-from .targets import ClassifierTarget, PurifiedTarget, Target
+from .targets import ClassifierTarget, PurifiedTarget, SmoothedTarget, Target
 
 
 class PatchProjection(nn.Module):
@@ -90,6 +91,7 @@ def load_targets(
             recipe.purifier,
             recipe.classifier,
             str(recipe.classifier_settings()),
+            recipe.mask_ratio,
             recipe.trust_remote_code,
             recipe.gradient_precision,
         )
@@ -123,23 +125,50 @@ def _load_model(recipe: EvaluatedModelRecipe) -> tuple[nn.Module, Any]:
             _load(AutoModelForPreTraining, purifier, trust),
             _load(AutoModelForImageClassification, classifier, trust),
         )
+        if recipe.mask_ratio is not None:
+            set_mask_ratio(parts[0], recipe.mask_ratio)
         model = NIMPurifiedImageClassification.from_parts(*parts, **recipe.classifier_settings())
         return model, image_processor_for(model.config)
     model = _load(AutoModelForImageClassification, path, trust)
+    if recipe.mask_ratio is not None:
+        if not isinstance(model, NIMPurifiedImageClassification):
+            raise ValueError(f"model {recipe.name!r} at {path!r} has no purifier: leave mask_ratio out")
+        set_mask_ratio(model.purifier, recipe.mask_ratio)
+        model.config.purifier_config.mask_ratio = recipe.mask_ratio
     return model, AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=trust)
 
 
 def _make_target(recipe: EvaluatedModelRecipe, model: nn.Module, processor: Any, sigma: str | float | None) -> Target:
-    if isinstance(model, NIMPurifiedImageClassification):
+    if isinstance(model, NIMPurifiedImageClassification) and not recipe.smoothed:
         return PurifiedTarget(recipe.name, model, sigma, recipe.num_votes, recipe.without_purifier)
+    if recipe.smoothed:
+        return _smoothed_target(recipe, model, processor, sigma)
     if sigma is not None or recipe.num_votes is not None or recipe.without_purifier:
         raise ValueError(
             f"model {recipe.name!r} at {recipe.path!r} has no purifier: leave sigma, num_votes and without_purifier "
             "out, or give 'purifier' and 'classifier' paths"
         )
+    return _classifier_target(recipe, model, processor)
+
+
+def _classifier_target(recipe: EvaluatedModelRecipe, model: nn.Module, processor: Any) -> ClassifierTarget:
     if getattr(processor, "do_normalize", True):
         return ClassifierTarget(recipe.name, model, processor.image_mean, processor.image_std)
     return ClassifierTarget(recipe.name, model, [0.0] * 3, [1.0] * 3)
+
+
+def _smoothed_target(
+    recipe: EvaluatedModelRecipe, model: nn.Module, processor: Any, sigma: str | float | None
+) -> SmoothedTarget:
+    if isinstance(model, NIMPurifiedImageClassification) or recipe.without_purifier or recipe.num_votes is not None:
+        raise ValueError(
+            f"model {recipe.name!r}: smoothed is for a classifier without a purifier, whose votes the certificate or "
+            "num_draws counts: name it as path, and leave without_purifier and num_votes out"
+        )
+    spec = None if sigma is None else parse_sigma(sigma)
+    if spec is None or spec.kind != "fixed":
+        raise ValueError(f"model {recipe.name!r}: smoothed needs sigma as one number on 0..255, got {sigma!r}")
+    return SmoothedTarget(_classifier_target(recipe, model, processor), spec.a)
 
 
 def check_classes(targets: Sequence[Target], source: ImageSource | TensorImages) -> None:

@@ -234,7 +234,8 @@ class EvaluatedModelRecipe:
     """A model to evaluate: `path` (purified, or any image classifier of transformers), or `purifier` and `classifier`.
 
     `sigma` of the defense: a number, a specification, or a list of them; None means the model's own.
-    `without_purifier` evaluates the classifier inside a purified model alone.
+    `without_purifier` evaluates the classifier inside a purified model alone; `smoothed` a classifier that sees its
+    images with the noise of `sigma` and no purifier (`images: noisy` in fine-tuning).
     `classifier_image_size`, `_mean`, `_std` say what a classifier behind a purifier expects where its files do not.
     `trust_remote_code` runs the Python code beside the weights: only for a repository whose code was read.
     """
@@ -248,6 +249,9 @@ class EvaluatedModelRecipe:
     # draws averaged for one answer; null: the model's own
     num_votes: Annotated[int, Bounds(least=1, most=MAX_VOTES)] | None = None
     without_purifier: bool = False  # the classifier inside a purified model alone
+    smoothed: bool = False  # a classifier behind the noise of sigma alone, without a purifier
+    # share of patches that a purifier trained with masks hides; 0: it sees all of the noisy image; null: its own
+    mask_ratio: Annotated[float, Bounds(least=0, below=1)] | None = None
     classifier_image_size: Count | None = None  # what the classifier expects, where its files do not say
     # of the normalization that the classifier expects
     classifier_image_mean: list[Annotated[float, Bounds(least=-1000, most=1000)]] | None = None

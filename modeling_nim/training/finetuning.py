@@ -12,6 +12,7 @@ from torch import nn
 
 from .. import NIMPurifiedImageClassification, normalize
 from ..data.randomness import generators, image_seeds
+from ..noise_nim import add_noise, draw_by_image, sample_epsilon, sample_sigma
 from ..runs.bounds import Bounds, check_fields
 from .adversary import adversarial_images, as_attacked
 from .consistency import consistent_cross_entropy
@@ -61,6 +62,7 @@ class Finetuning:
     ):
         self.accelerator, self.recipe, self.model = accelerator, recipe, model
         self.purified_model = purified_model if recipe.images == "denoised" else None
+        self.adds_noise = recipe.images == "noisy"
         self.trains_purifier = self.purified_model is not None and recipe.adversary.trains != "classifier"
         self.unwrapped = accelerator.unwrap_model(model)
         self.config = (self.purified_model or accelerator.unwrap_model(model, keep_torch_compile=False)).config
@@ -98,11 +100,22 @@ class Finetuning:
 
     def draw(self, seeds: np.ndarray | Sequence[int]) -> dict[str, torch.Tensor]:
         """The degradation of one image for each seed; nothing where images are taken as they are."""
-        if self.purified_model is None:
-            return {}
         named = generators(np.asarray(seeds, np.uint64), self.accelerator.device)
+        if self.purified_model is None:
+            return self._draw_noise(named, self.recipe.sigma) if self.adds_noise else {}
         sigma = self.recipe.sigma if self.config.purifier_config.adds_noise else None
         return self.purified_model.draw(len(seeds), named, sigma, num_votes=1)
+
+    def _draw_noise(self, named: Sequence[torch.Generator], sigma: str | float) -> dict[str, torch.Tensor]:
+        """`sigma` `(B,)` on 0..255 and `epsilon` `(B, C, H, W)` for images that nobody denoises."""
+        size = self.config.image_size
+        shape = (self.config.num_channels, size, size)
+        device = self.accelerator.device
+        samplers = {
+            "sigma": lambda number, generator: sample_sigma(sigma, number, generator, device),
+            "epsilon": lambda number, generator: sample_epsilon((number, *shape), generator, device),
+        }
+        return draw_by_image(samplers, len(named), named)
 
     def attack(self, clean: CleanImages, which: tuple[np.ndarray, np.ndarray], epsilon_255: float) -> torch.Tensor:
         """Adversarial images, made through noise, purifier, clamp and classifier; see `adversarial_images`.
@@ -154,9 +167,9 @@ class Finetuning:
         `model` is the trained one or a moving average of it.
         """
         draws = {}
-        if self.purified_model is not None:
-            seeds = image_seeds(self.recipe.seed, 0, indices, "validation")
-            draws = {"generator": generators(seeds, self.accelerator.device)}
+        if self.purified_model is not None or self.adds_noise:
+            named = generators(image_seeds(self.recipe.seed, 0, indices, "validation"), self.accelerator.device)
+            draws = self._draw_noise(named, self.recipe.defense_sigma) if self.adds_noise else {"generator": named}
         with self.accelerator.autocast():
             return self._answer(model, self.normalize(images_01), draws)[0]
 
@@ -172,6 +185,8 @@ class Finetuning:
             with torch.set_grad_enabled(pixel_values.requires_grad), self.accelerator.autocast():
                 purified = self.purified_model.purify(pixel_values, **draws)  # clamped
                 pixel_values = self.purified_model.prepare_for_classifier(purified)
+        elif self.adds_noise:
+            pixel_values = add_noise(pixel_values, draws["sigma"], draws["epsilon"], self.config.image_std)
         return model(pixel_values).logits, None
 
 

@@ -164,8 +164,27 @@ def load_frozen_classifier(path: str, trust_remote_code: bool = False) -> PreTra
     return model.requires_grad_(False).eval()
 
 
-def load_purifier(path: str, trainable: bool = False) -> PreTrainedModel:
-    """The purifier at `path`, which may be a composed model: frozen, in evaluation mode, unless it is `trainable`."""
+def set_mask_ratio(purifier: PreTrainedModel, mask_ratio: float) -> None:
+    """Makes a purifier hide another share of the patches than in its training; 0 shows it the whole noisy image."""
+    config = purifier.config
+    if "mask" not in config.degradation:
+        raise ValueError(
+            f"mask_ratio {mask_ratio} is for a purifier that was trained to fill masks, and this one's degradation is "
+            f'"{config.degradation}": leave it out'
+        )
+    if mask_ratio == 0 and not config.adds_noise:
+        raise ValueError("mask_ratio 0 leaves this purifier nothing to do: it fills masks and takes away no noise")
+    config.mask_ratio = mask_ratio
+    for name, weight in purifier.named_parameters():
+        if name.endswith("mask_token"):  # without masks it is outside the graph
+            weight.requires_grad_(config.hides_patches)
+
+
+def load_purifier(path: str, trainable: bool = False, mask_ratio: float | None = None) -> PreTrainedModel:
+    """The purifier at `path`, which may be a composed model: frozen and in evaluation mode, unless it is `trainable`.
+
+    `mask_ratio` is the share of patches that it hides, in place of its own.
+    """
     model_type = load_config(path).model_type
     with naming_damaged_weights(path):
         if model_type == NIMPurifiedConfig.model_type:
@@ -176,6 +195,8 @@ def load_purifier(path: str, trainable: bool = False) -> PreTrainedModel:
             raise ValueError(
                 f"{path!r} is a {model_type!r} model, which cannot purify; name a pre-trained NIM or MIM model"
             )
+    if mask_ratio is not None:
+        set_mask_ratio(purifier, mask_ratio)
     return purifier if trainable else purifier.requires_grad_(False).eval()
 
 

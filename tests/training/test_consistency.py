@@ -125,7 +125,7 @@ def test_feature_loss_brings_the_purified_features_to_the_clean_ones(denoised, t
     [
         (["consistency.num_draws=0"], "consistency.num_draws' must be at least 1 "),
         (["consistency.weight=10"], "set consistency.num_draws to 2 or more"),
-        (["consistency.num_draws=2", "images=original"], "consistency.num_draws 2 are draws of the purifier's noise"),
+        (["consistency.num_draws=2", "images=original"], "consistency.num_draws 2 are draws of the noise"),
         (["feature_loss.weight=1"], "feature_loss.weight 1.0 is for a purifier before a frozen classifier"),
         (["feature_loss.weight=-1"], "feature_loss.weight' must be at least 0, got -1"),
     ],
