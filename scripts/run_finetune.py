@@ -24,7 +24,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 import os
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -35,13 +35,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from modeling_nim import NIMPurifiedImageClassification, image_processor_for, parse_sigma
 from modeling_nim.data import BadImageError, DataRecipe, load_source
-from modeling_nim.data.augment import AugmentationRecipe, augment
+from modeling_nim.data.augment import AugmentationRecipe
 from modeling_nim.data.evaluation import BAD_IMAGE_LABEL, EvaluationImages, evaluation_loader
-from modeling_nim.data.loader import CropRecipe, TrainingImages, to_images_01, training_loader
+from modeling_nim.data.loader import CropRecipe, TrainingImages, training_loader
 from modeling_nim.noise_nim import MAX_SIGMA_255
 from modeling_nim.runs.bounds import Bounds, Count, Seed, check_fields
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.locks import lock_output_dir
+from modeling_nim.runs.models import set_attention
 from modeling_nim.runs.recipe import parse_command_line
 from modeling_nim.training.adversary import AdversaryRecipe, epsilon_255_at
 from modeling_nim.training.checkpoints import load_newest_checkpoint, save_checkpoint
@@ -53,7 +54,6 @@ from modeling_nim.training.models import (
     load_frozen_classifier,
     load_purifier,
     save_model_dir,
-    set_attention,
     write_model_dir,
 )
 from modeling_nim.training.optimization import (
@@ -172,10 +172,8 @@ def main() -> int:
     model, optimizer = accelerator.prepare(model, make_optimizer(model, recipe.optimization))
     set_seed(recipe.seed, device_specific=True)  # for dropout, if a model has any
     finetuning = Finetuning(accelerator, recipe, model, purified_model)
-    config = finetuning.config
-    images = TrainingImages(
-        source, recipe.crop, recipe.image_size or config.image_size, recipe.seed, recipe.data.on_bad_image
-    )
+    size = recipe.image_size or finetuning.config.image_size
+    images = TrainingImages(source, recipe.crop, size, recipe.seed, recipe.data.on_bad_image)
 
     # Where to begin: everything that is random about an image depends on (seed, epoch, image), not on what was before
     lock_output_dir(accelerator, recipe.output_dir)
@@ -185,7 +183,7 @@ def main() -> int:
     step, state = found or (0, {"best_accuracy": -1.0})
     batch_sizes = (plan.global_batch_size, plan.per_device_batch_size)
     loader = training_loader(accelerator, images, recipe.data, *batch_sizes, step, plan.num_steps, state)
-    validation_loader = make_validation_loader(accelerator, recipe, config)
+    validation_loader = make_validation_loader(accelerator, recipe, finetuning.config)
     validation_steps = max(1, round(recipe.validation.every_epochs * plan.steps_per_epoch))
     reporter = Reporter(accelerator, recipe.output_dir, step, plan.num_steps)
     save_recipe(accelerator, recipe)
@@ -196,12 +194,9 @@ def main() -> int:
     finetuning.train()
     micro_losses = []
     for batch in reporter.timed(loader):
-        images_01 = to_images_01(batch["pixels"])  # (B, 3, H, W)
-        targets = finetuning.targets(batch["labels"])  # (B, num_labels)
         which = (batch["epochs"], batch["indices"])
         drop_paths.draw(recipe.seed, *which, accelerator.device)
-        statistics = (config.image_mean, config.image_std)  # for random erasing
-        images_01, targets = augment(images_01, targets, recipe.augmentation, recipe.seed, *which, *statistics)
+        images_01, targets = finetuning.augmented(batch)  # (B, 3, H, W), (B, num_labels)
         clean = finetuning.clean(images_01, targets)
         images_01 = finetuning.attack(clean, which, epsilon_255_at(step, recipe.adversary, plan))
         learning_rate = learning_rate_at(step, recipe.optimization, plan)
@@ -227,16 +222,10 @@ def main() -> int:
         if saving or step % recipe.logging.every_steps == 0:
             reporter.report(step, learning_rate)  # raises before a NaN can reach a checkpoint
         if validation_loader and (step % validation_steps == 0 or step == plan.num_steps):
-            accuracy, bad_images = validate(finetuning, average.module if average else model, validation_loader)
-            reporter.name_bad_images(step, bad_images)
-            reporter.write({"step": step, "validation_accuracy": accuracy})
-            if accuracy > state["best_accuracy"]:
-                state = {"best_accuracy": accuracy}
-                save_model_dir(accelerator, model, os.path.join(recipe.output_dir, "best"), average)
+            state = keep_best(finetuning, average, validation_loader, reporter, step, state)
         if saving:
-            save_checkpoint(
-                accelerator, checkpoints, step, settings, state | loader.state(), recipe.checkpoints.keep, average
-            )
+            both = state | loader.state()
+            save_checkpoint(accelerator, checkpoints, step, settings, both, recipe.checkpoints.keep, average)
         if stopping or step == plan.num_steps:
             break
 
@@ -320,6 +309,25 @@ def save_models(
     accelerator.print(
         f"what was trained is in {recipe.output_dir}{', composed in purified/ under it' * bool(composes)}"
     )
+
+
+def keep_best(
+    finetuning: Finetuning,
+    average: AveragedModel | None,
+    loader: DataLoader,
+    reporter: Reporter,
+    step: int,
+    state: dict[str, Any],
+) -> dict[str, Any]:
+    """Measure and report the accuracy, and write the model to `best/` when it is the highest; the state after it."""
+    model, output_dir = finetuning.model, finetuning.recipe.output_dir
+    accuracy, bad_images = validate(finetuning, average.module if average else model, loader)
+    reporter.name_bad_images(step, bad_images)
+    reporter.write({"step": step, "validation_accuracy": accuracy})
+    if accuracy <= state["best_accuracy"]:
+        return state
+    save_model_dir(finetuning.accelerator, model, os.path.join(output_dir, "best"), average)
+    return {"best_accuracy": accuracy}
 
 
 @torch.inference_mode()

@@ -32,6 +32,7 @@ from modeling_nim.data.randomness import generators, image_seeds
 from modeling_nim.runs.bounds import Seed, check_fields
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.locks import lock_output_dir
+from modeling_nim.runs.models import set_attention
 from modeling_nim.runs.recipe import parse_command_line
 from modeling_nim.training.checkpoints import load_newest_checkpoint, save_checkpoint
 from modeling_nim.training.models import (
@@ -39,7 +40,6 @@ from modeling_nim.training.models import (
     enable_activation_checkpointing,
     make_pretraining_model,
     save_model_dir,
-    set_attention,
 )
 from modeling_nim.training.optimization import (
     OptimizationRecipe,

@@ -133,17 +133,7 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, LoadedAsBuiltMixin, Pr
         Raises:
             ValueError: the purifier cannot reconstruct images, or the parts differ in their number of channels.
         """
-        if not hasattr(purifier, "purify"):
-            raise ValueError(
-                f"{type(purifier).__name__} cannot purify: pass a pre-trained model with its decoder, such as "
-                "NIMForPreTraining"
-            )
-        channels = [getattr(part.config, "num_channels", 3) for part in (purifier, classifier)]
-        if channels[0] != channels[1]:
-            raise ValueError(
-                f"the purifier gives {channels[0]} channels and the classifier takes {channels[1]}: use parts "
-                "that agree"
-            )
+        _check_parts(purifier, classifier)
         found = image_settings_of(classifier.config)
         size = classifier_image_size or found.size
         mean, std = classifier_image_mean or found.mean, classifier_image_std or found.std
@@ -323,6 +313,20 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, LoadedAsBuiltMixin, Pr
             attentions=_of_first_vote(getattr(classified, "attentions", None), votes),
             degraded_pixel_values=self.purifier.hide(degraded[::votes], None if hidden is None else hidden[::votes]),
             purified_pixel_values=purified[::votes],
+        )
+
+
+def _check_parts(purifier: PreTrainedModel, classifier: PreTrainedModel) -> None:
+    """Raises ValueError for a purifier that cannot reconstruct images, and for parts whose channels differ."""
+    if not hasattr(purifier, "purify"):
+        raise ValueError(
+            f"{type(purifier).__name__} cannot purify: pass a pre-trained model with its decoder, such as "
+            "NIMForPreTraining"
+        )
+    channels = [getattr(part.config, "num_channels", 3) for part in (purifier, classifier)]
+    if channels[0] != channels[1]:
+        raise ValueError(
+            f"the purifier gives {channels[0]} channels and the classifier takes {channels[1]}: use parts that agree"
         )
 
 

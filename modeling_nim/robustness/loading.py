@@ -20,7 +20,7 @@ from ..image_processing import image_processor_for
 from ..modeling_nim_purified import NIMPurifiedImageClassification
 from ..noise_nim import parse_sigma
 from ..runs.errors import naming_damaged_weights
-from ..training.models import load_config, set_attention, set_mask_ratio
+from ..runs.models import load_config, set_attention, set_mask_ratio
 from .checks import check_processor
 from .images import TensorImages
 from .recipes import AttackRecipe, EvaluatedModelRecipe

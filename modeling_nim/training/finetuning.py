@@ -11,6 +11,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from .. import NIMPurifiedImageClassification, normalize
+from ..data.augment import augment
+from ..data.loader import to_images_01
 from ..data.randomness import generators, image_seeds
 from ..noise_nim import add_noise, draw_by_image, sample_epsilon, sample_sigma
 from ..runs.bounds import Bounds, check_fields
@@ -47,8 +49,8 @@ class Finetuning:
     """The model of a fine-tuning recipe as training, attack and validation use it.
 
     Args:
-        recipe: with `seed`, `images`, `sigma`, `label_smoothing`, `adversary`, `consistency` and `feature_loss`, as
-            `scripts/run_finetune.py` declares them.
+        recipe: with `seed`, `images`, `sigma`, `label_smoothing`, `augmentation`, `adversary`, `consistency` and
+            `feature_loss`, as `scripts/run_finetune.py` declares them.
         model: what is trained, prepared by the accelerator: the classifier, or purifier and classifier composed.
         purified_model: the composed model, sharing its parts with `model`; None without a purifier.
     """
@@ -86,6 +88,13 @@ class Finetuning:
             return torch.zeros(len(labels), num_labels, device=labels.device)
         targets = torch.nn.functional.one_hot(labels, num_labels).float()
         return targets * (1 - smoothing) + smoothing / num_labels
+
+    def augmented(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The images `(B, 3, H, W)` of a loader's `batch` in [0, 1] and their targets `(B, num_labels)`, augmented."""
+        images_01, targets = to_images_01(batch["pixels"]), self.targets(batch["labels"])
+        which = (batch["epochs"], batch["indices"])
+        statistics = (self.config.image_mean, self.config.image_std)  # for random erasing
+        return augment(images_01, targets, self.recipe.augmentation, self.recipe.seed, *which, *statistics)
 
     @torch.no_grad()
     def clean(self, images_01: torch.Tensor, targets: torch.Tensor) -> CleanImages:

@@ -14,6 +14,8 @@ batch.
 """
 
 import argparse
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,8 +80,13 @@ def build(size: str, image_size: int, device: torch.device) -> NIMPurifiedImageC
     return NIMPurifiedImageClassification.from_parts(purifier, classifier, sigma=75).eval().to(device)
 
 
-def main() -> None:
-    on_gpu = torch.cuda.is_available()
+def speedup_over_peer(seconds: dict[str, list[float]], ours: str, peer: str) -> dict[str, Any]:
+    ratios = np.array(seconds[peer]) / np.array(seconds[ours])  # round by round: both met the same machine
+    low, high = np.percentile(ratios, [25, 75])
+    return {"median": float(np.median(ratios)), "quartiles": [float(low), float(high)]}
+
+
+def parse_arguments(on_gpu: bool) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = ["digits", *MODEL_SIZES]
     size, image_size = ("base", 224) if on_gpu else ("digits", 32)
@@ -89,8 +96,12 @@ def main() -> None:
     parser.add_argument("--micro_batch", type=int, default=256, help="largest forward pass, rows; default 256")
     parser.add_argument("--rounds", type=int, default=15, help="times that all take their turn; default 15")
     parser.add_argument("--output", default="outputs/bench/attack.json", help="default outputs/bench/attack.json")
-    arguments = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    on_gpu = torch.cuda.is_available()
+    arguments = parse_arguments(on_gpu)
     device = torch.device("cuda" if on_gpu else "cpu")
     number, image_size = arguments.num_images, arguments.image_size
     images_01 = torch.rand(number, 3, image_size, image_size, device=device)
@@ -143,11 +154,7 @@ def main() -> None:
         for name, function in contestants.items():
             seconds[name] += seconds_of(function, device, 1)
 
-    def speedup(ours_name: str, peer: str) -> dict[str, float]:
-        ratios = np.array(seconds[peer]) / np.array(seconds[ours_name])  # round by round: both met the same machine
-        low, high = np.percentile(ratios, [25, 75])
-        return {"median": float(np.median(ratios)), "quartiles": [float(low), float(high)]}
-
+    speedup = partial(speedup_over_peer, seconds)
     first, second = batched(), sequential(plain)
     result = {
         "model": {

@@ -10,6 +10,8 @@ in float32 without compilation, with an unfused optimizer.
 
 import argparse
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,8 +36,7 @@ from modeling_nim.training.optimization import OptimizationRecipe, make_optimize
 from modeling_nim.training.progress import peak_memory_gib
 
 
-def main() -> None:
-    on_gpu = torch.cuda.is_available()
+def parse_arguments(on_gpu: bool) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = "(default here: %(default)s)"
     parser.add_argument(
@@ -53,9 +54,102 @@ def main() -> None:
         "--compile", action=argparse.BooleanOptionalAction, default=on_gpu, help=f"with torch.compile {default}"
     )
     parser.add_argument("--output", default="outputs/bench/pretrain.json", help=f"where the numbers go {default}")
-    arguments = parser.parse_args()
-    batch_size, image_size = arguments.batch_size, arguments.image_size
+    return parser.parse_args()
 
+
+class Steps:
+    """The three kinds of step that are timed, all on one batch of random images."""
+
+    def __init__(self, accelerator: Accelerator, arguments: argparse.Namespace):
+        self.accelerator, self.batch_size, self.number = accelerator, arguments.batch_size, 0
+        device, size = accelerator.device, arguments.image_size
+        self.plain = make_pretraining_model(ModelRecipe(size=arguments.size, config={"image_size": size})).to(device)
+        self.config = self.plain.config
+        self.pixels = torch.randint(0, 256, (self.batch_size, size, size, 3), dtype=torch.uint8).to(device)
+        pixel_values = self.pixel_values()
+        sigma = torch.full((self.batch_size,), 75.0, device=device)
+        self.fixed = {"pixel_values": pixel_values, "sigma": sigma, "epsilon": torch.randn_like(pixel_values)}
+        two = {name: value[:2] for name, value in self.fixed.items()}
+        self.forward_flops = count_flops(lambda: self.plain(**two)) / 2  # per image
+        self.step_flops = count_flops(lambda: self.plain(**two).loss.backward()) / 2
+        self.plain.zero_grad(set_to_none=True)
+
+        self.eager_model = copy.deepcopy(self.plain)
+        trained = [p for p in self.eager_model.parameters() if p.requires_grad]
+        self.eager_optimizer = torch.optim.AdamW(trained, lr=1e-6, foreach=False)
+        recipe = OptimizationRecipe(batch_size=self.batch_size, base_learning_rate=1.5e-4, steps=1)
+        self.model, self.optimizer = accelerator.prepare(self.plain, make_optimizer(self.plain, recipe))
+        self.model.train()
+
+    def pixel_values(self) -> torch.Tensor:
+        return normalize(to_images_01(self.pixels), self.config.image_mean, self.config.image_std)
+
+    def bare(self) -> None:
+        with self.accelerator.autocast():
+            loss = self.model(**self.fixed).loss
+        self.accelerator.backward(loss)
+
+    def ours(self) -> None:
+        first, self.number = self.number * self.batch_size, self.number + 1
+        images = self.pixel_values()
+        seeds = image_seeds(0, 0, np.arange(first, first + self.batch_size), "degradation")
+        draws = self.plain.draw(self.batch_size, generators(seeds, images.device))
+        set_learning_rate(self.optimizer, 1e-6)
+        with self.accelerator.accumulate(self.model):
+            self.accelerator.backward(self.model(images, **draws).loss)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def eager(self) -> None:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        self.eager_model(self.pixel_values()).loss.backward()
+        self.eager_optimizer.step()
+        self.eager_optimizer.zero_grad()
+        torch.set_float32_matmul_precision(before)
+
+
+def median_seconds(steps: Steps, rounds: int, warmup: int) -> dict[str, float]:
+    """Median seconds of each kind of step, taken in turns, so that a busy machine slows all alike."""
+    device = steps.accelerator.device
+    seconds_of(steps.bare, device, warmup)
+    steps.optimizer.zero_grad()
+    seconds_of(steps.ours, device, warmup)
+    seconds_of(steps.eager, device, 1)
+    bare, ours, eager = [], [], []
+    for _ in range(rounds):
+        bare += seconds_of(steps.bare, device, 1)
+        steps.optimizer.zero_grad()
+        ours += seconds_of(steps.ours, device, 1)
+        eager += seconds_of(steps.eager, device, 1)
+    # out of the way of the memory that is measured
+    steps.eager_model.to("cpu")
+    steps.eager_optimizer.state.clear()
+    if device.type == "cuda":  # without waiting between steps, as training runs
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        ours = [seconds_of(lambda: [steps.ours() for _ in range(10)], device, 1)[0] / 10 for _ in range(3)]
+    return {"ours": np.median(ours), "bare": np.median(bare), "eager_float32": np.median(eager)}
+
+
+def profiled(step: Callable[[], None], device: torch.device) -> list[dict[str, Any]]:
+    """The operations that take most of a step's time, each with its share of it."""
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+        step()
+        synchronize(device)
+    key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, key))
+    total = sum(getattr(event, key) for event in events)
+    return [
+        {"name": event.key[:100], "share": round(getattr(event, key) / total, 4), "calls": event.count}
+        for event in events[:15]
+    ]
+
+
+def main() -> None:
+    on_gpu = torch.cuda.is_available()
+    arguments = parse_arguments(on_gpu)
     set_seed(0)
     accelerator = Accelerator(
         mixed_precision=arguments.precision,
@@ -63,99 +157,29 @@ def main() -> None:
     )
     device = accelerator.device
     torch.set_float32_matmul_precision("high" if on_gpu else "highest")
-    model_recipe = ModelRecipe(size=arguments.size, config={"image_size": image_size})
-    recipe = OptimizationRecipe(batch_size=batch_size, base_learning_rate=1.5e-4, steps=1)
-    plain = make_pretraining_model(model_recipe).to(device)
-    config = plain.config
-    pixels = torch.randint(0, 256, (batch_size, image_size, image_size, 3), dtype=torch.uint8).to(device)
-    pixel_values = normalize(to_images_01(pixels), config.image_mean, config.image_std)
-    sigma = torch.full((batch_size,), 75.0, device=device)
-    epsilon = torch.randn_like(pixel_values)
-
-    forward_flops = count_flops(lambda: plain(pixel_values[:2], sigma=sigma[:2], epsilon=epsilon[:2])) / 2
-    step_flops = count_flops(lambda: plain(pixel_values[:2], sigma=sigma[:2], epsilon=epsilon[:2]).loss.backward()) / 2
-    plain.zero_grad(set_to_none=True)
-
-    eager_model = copy.deepcopy(plain)
-    eager_optimizer = torch.optim.AdamW(
-        [p for p in eager_model.parameters() if p.requires_grad], lr=1e-6, foreach=False
-    )
-    model, optimizer = accelerator.prepare(plain, make_optimizer(plain, recipe))
-    model.train()
-    counter = iter(range(10**9))
-
-    def bare_step() -> None:
-        with accelerator.autocast():
-            loss = model(pixel_values, sigma=sigma, epsilon=epsilon).loss
-        accelerator.backward(loss)
-
-    def eager_step() -> None:
-        torch.set_float32_matmul_precision("highest")
-        eager_model(normalize(to_images_01(pixels), config.image_mean, config.image_std)).loss.backward()
-        eager_optimizer.step()
-        eager_optimizer.zero_grad()
-        torch.set_float32_matmul_precision("high" if on_gpu else "highest")
-
-    def our_step() -> None:
-        step = next(counter)
-        images = normalize(to_images_01(pixels), config.image_mean, config.image_std)
-        seeds = image_seeds(0, 0, np.arange(step * batch_size, (step + 1) * batch_size), "degradation")
-        draws = plain.draw(batch_size, generators(seeds, device))
-        set_learning_rate(optimizer, 1e-6)
-        with accelerator.accumulate(model):
-            accelerator.backward(model(images, **draws).loss)
-            optimizer.step()
-            optimizer.zero_grad()
-
-    warmup = 3 if arguments.compile else 1
-    seconds_of(bare_step, device, warmup)
-    optimizer.zero_grad()
-    seconds_of(our_step, device, warmup)
-    seconds_of(eager_step, device, 1)
-    bare, ours, eager = [], [], []
-    for _ in range(arguments.steps):  # in turns, so that a busy machine slows all alike
-        bare += seconds_of(bare_step, device, 1)
-        optimizer.zero_grad()
-        ours += seconds_of(our_step, device, 1)
-        eager += seconds_of(eager_step, device, 1)
-    eager_model.to("cpu"), eager_optimizer.state.clear()  # out of the way of the memory that is measured
-    if on_gpu:  # without waiting between steps, as training runs
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        ours = [seconds_of(lambda: [our_step() for _ in range(10)], device, 1)[0] / 10 for _ in range(3)]
+    steps = Steps(accelerator, arguments)
+    seconds = median_seconds(steps, arguments.steps, warmup=3 if arguments.compile else 1)
     memory_gib = peak_memory_gib()
-    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
-    with profile(activities=[activity]) as profiler:
-        our_step()
-        synchronize(device)
-    key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, key))
-    total = sum(getattr(event, key) for event in events)
-    dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
-    peak = matrix_peak_flops(device, dtype)
-
-    seconds = {"ours": np.median(ours), "bare": np.median(bare), "eager_float32": np.median(eager)}
-    rates = {name: float(batch_size / value) for name, value in seconds.items()}
+    rates = {name: float(arguments.batch_size / value) for name, value in seconds.items()}
+    peak = matrix_peak_flops(device, torch.bfloat16 if arguments.precision == "bf16" else torch.float32)
+    side = arguments.image_size
     result = {
-        "model": f"NIM-MAE {arguments.size}/{config.patch_size}, {image_size}x{image_size}",
-        "batch_size": batch_size,
+        "model": f"NIM-MAE {arguments.size}/{steps.config.patch_size}, {side}x{side}",
+        "batch_size": arguments.batch_size,
         "precision": arguments.precision,
         "compiled": arguments.compile,
         "images_per_s": rates,
         "ratio_to_bare_forward_backward": float(seconds["bare"] / seconds["ours"]),
         "ratio_to_eager_float32": float(seconds["eager_float32"] / seconds["ours"]),
         "flops_per_image": {
-            "forward": forward_flops,
-            "forward_and_backward": step_flops,
-            "arithmetic": flops_arithmetic(config),
+            "forward": steps.forward_flops,
+            "forward_and_backward": steps.step_flops,
+            "arithmetic": flops_arithmetic(steps.config),
         },
         "matrix_peak": peak,
-        "share_of_matrix_peak": float(rates["ours"] * step_flops / peak["flops_per_s"]),
+        "share_of_matrix_peak": float(rates["ours"] * steps.step_flops / peak["flops_per_s"]),
         "peak_memory_gib": memory_gib,
-        "profile": [
-            {"name": event.key[:100], "share": round(getattr(event, key) / total, 4), "calls": event.count}
-            for event in events[:15]
-        ],
+        "profile": profiled(steps.ours, device),
         **machine(device),
     }
     write_json(arguments.output, result)

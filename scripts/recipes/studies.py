@@ -305,13 +305,8 @@ def imagenet() -> Study:
     return Study("imagenet", columns, tables)
 
 
-def cifar10(full: bool = False) -> Study:
-    """The systems at 2, 4 and 8/255; 4/255 suits 32x32 as 2/255 suits 224x224 and stands beside the paper's numbers.
-
-    Tables 2 to 4 and Figures 3, 5 and 6 get less training than Table 1, except at the full size.
-    """
-    lab = Lab("cifar10", full) if full else Lab("cifar10", pretrain_epochs=3, finetune_epochs=2)
-    short = lab if full else Lab("cifar10", pretrain_epochs=0.8, finetune_epochs=0.6, tag="-short")
+def cifar10_columns() -> dict[str, Column]:
+    """4/255 suits 32x32 as 2/255 suits 224x224, and stands beside the paper's numbers."""
     columns = {"clean": Column("Clean", "none", paper_title="Clean")}
     for name, letters, attack in (("white_box", "WB", "pgd"), ("gray_box", "GB", "pgd"), ("black_box", "BB", "square")):
         label = "pgd-10" if attack == "pgd" else None
@@ -319,20 +314,16 @@ def cifar10(full: bool = False) -> Study:
             key, paper = (name, letters) if epsilon_255 == 4 else (f"{name}_{epsilon_255}", None)
             columns[key] = Column(f"{letters} {epsilon_255}/255", attack, label, name, epsilon_255, paper)
     columns["eot"] = Column("WB 4/255, PGD-20 x EOT-20", "pgd", "pgd-20 eot20", "white_box", 4)
-    both = ("clean", "white_box_2", "white_box", "white_box_8", "gray_box_2", "gray_box", "gray_box_8")
+    return columns
 
+
+def cifar10_table_1(lab: Lab, larger: Step) -> list[Row]:
+    """Table 1, where the paper's MAE of another size, a ViT-L with GAN loss, is `larger`.
+
+    Beside it a classifier of original images, and sigma 50, which was chosen on the validation part.
+    """
     nim, mae = lab.pretrain("nim_mae", SIGMA), lab.pretrain("mae")
     denoised, mae_classifier = lab.denoised(nim), lab.finetune(mae)
-    sizes = ("hidden_size=384", "intermediate_size=1536") if full else ("hidden_size=192", "intermediate_size=768")
-    sizes += ("num_attention_heads=6",) if full else ("num_attention_heads=6", "num_hidden_layers=8")
-    larger = replace(lab, pretrain_epochs=None).pretrain("mae", name="mae_larger", config=sizes)
-
-    def attack(recipe: str, needs: Sequence[Step], overrides: Sequence[str] = (), name: str = "") -> Step:
-        script = "run_certify.py" if recipe == "certify" else "run_attack.py"
-        output = "certify" if recipe == "certify" else f"attack/{name or recipe.removeprefix('attack_')}"
-        return lab.step(script, f"{recipe}.yaml", output, overrides, needs)
-
-    # Table 1: the paper's MAE of another size is a ViT-L with GAN loss; sigma 50 was chosen on the validation part
     released = next(row for row in TABLE_1 if row[0] == "MAE, released")
     rows = table_1(lab, ["SimMIM", "NIM-SimMIM", "MAE", "NIM-MAE"])
     step = lab.attack("mae_larger", larger, mae_classifier, "null")
@@ -343,10 +334,18 @@ def cifar10(full: bool = False) -> Study:
         rows.append(Row((system, defense), step, "nim_mae_original", model, sigma))
     parts = f"purifier: {nim.output_dir}, classifier: {denoised.output_dir}"
     models = [f"models=[{{name: defended, {parts}, sigma: 50}}]"]
-    step = attack("attack", [nim, denoised], models, "nim_mae_sigma_50")
+    step = lab.step("run_attack.py", "attack.yaml", "attack/nim_mae_sigma_50", models, [nim, denoised])
     rows.append(Row(("NIM-MAE", "sigma 50"), step, "nim_mae_sigma_50", "defended", 50))
+    return rows
 
-    # normalized patches, scaled back with the mean and variance of the image or of the noisy image
+
+def patch_statistics(lab: Lab) -> tuple[dict[str, list[Step]], list[Row]]:
+    """Normalized patches, scaled back with mean and variance of the image or of the noisy image, beside raw pixels.
+
+    Returns purifier and classifier of either kind, and the rows.
+    """
+    nim = lab.pretrain("nim_mae", SIGMA)
+    denoised = lab.denoised(nim)
     statistics, normalized = [], {}
     attacks = {"raw pixels": ("nim_mae", lab.attack("nim_mae", nim, denoised, "30"))}
     for kind, target in (("input", "statistics of the input"), ("noisy", "statistics of the noisy image")):
@@ -359,7 +358,31 @@ def cifar10(full: bool = False) -> Study:
     for target, (result, step) in attacks.items():
         statistics.append(Row((target, "-"), step, result, "undefended", None))
         statistics.append(Row((target, "sigma 30"), step, result, "defended", 30))
+    return normalized, statistics
 
+
+def cifar10(full: bool = False) -> Study:
+    """The systems at 2, 4 and 8/255.
+
+    Tables 2 to 4 and Figures 3, 5 and 6 get less training than Table 1, except at the full size.
+    """
+    lab = Lab("cifar10", full) if full else Lab("cifar10", pretrain_epochs=3, finetune_epochs=2)
+    short = lab if full else Lab("cifar10", pretrain_epochs=0.8, finetune_epochs=0.6, tag="-short")
+    both = ("clean", "white_box_2", "white_box", "white_box_8", "gray_box_2", "gray_box", "gray_box_8")
+
+    nim, mae = lab.pretrain("nim_mae", SIGMA), lab.pretrain("mae")
+    denoised, mae_classifier = lab.denoised(nim), lab.finetune(mae)
+    sizes = ("hidden_size=384", "intermediate_size=1536") if full else ("hidden_size=192", "intermediate_size=768")
+    sizes += ("num_attention_heads=6",) if full else ("num_attention_heads=6", "num_hidden_layers=8")
+    larger = replace(lab, pretrain_epochs=None).pretrain("mae", name="mae_larger", config=sizes)
+
+    def attack(recipe: str, needs: Sequence[Step]) -> Step:
+        script = "run_certify.py" if recipe == "certify" else "run_attack.py"
+        output = "certify" if recipe == "certify" else f"attack/{recipe.removeprefix('attack_')}"
+        return lab.step(script, f"{recipe}.yaml", output, (), needs)
+
+    rows = cifar10_table_1(lab, larger)
+    normalized, statistics = patch_statistics(lab)
     step = lab.attack("unseen", nim, mae_classifier, "30")
     unseen = [Row(("MAE's classifier", "-"), step, "unseen", "undefended", None)]
     unseen.append(Row(("MAE's classifier", "NIM-MAE, sigma 30"), step, "unseen", "defended", 30))
@@ -409,7 +432,7 @@ def cifar10(full: bool = False) -> Study:
         ),
         Table("Not in a table: figures 3, 4, 6, 7 and 8, the standard protocol, certificates", ("result",), (), others),
     ]
-    return Study("cifar10_full" if full else "cifar10", columns, tables)
+    return Study("cifar10_full" if full else "cifar10", cifar10_columns(), tables)
 
 
 STUDIES = {"imagenet": imagenet, "cifar10": cifar10, "cifar10_full": lambda: cifar10(full=True)}

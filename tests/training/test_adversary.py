@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from training_runs import FINETUNE, PRETRAIN, SERVER, TINY, last_step, load_script, losses, run
 
 from modeling_nim import NIMConfig, NIMForPreTraining, NIMPurifiedImageClassification
+from modeling_nim.runs.models import set_attention
 from modeling_nim.training.adversary import AdversaryRecipe, adversarial_images, as_attacked, epsilon_255_at
 from modeling_nim.training.finetuning import Finetuning
-from modeling_nim.training.models import load_classifier, load_purifier, set_attention
+from modeling_nim.training.models import load_classifier, load_purifier
 from modeling_nim.training.optimization import OptimizationRecipe, make_plan, parameter_settings, soft_cross_entropy
 
 
