@@ -1,4 +1,4 @@
-"""Models that a recipe or a command names: the configuration, with an error that says what is wrong, attention, masks."""
+"""Models that a recipe names: the configuration, or an error that says what is wrong; their attention and masks."""
 
 import os
 from collections.abc import Sequence

@@ -250,7 +250,7 @@ def test_compiled_model_is_saved_under_its_own_names(tmp_path):
         (["logging.trackers=[wandb]"], "logging.trackers names wandb, not installed: pip install wandb"),
         (["validation.every_epochs=0"], "'validation.every_epochs' must be above 0 and at most 1000000, got 0.0"),
         (["data.source=folder", "data.path=nowhere"], "no folder 'nowhere/train'"),
-        (["optimization.steps=3"], "unknown recipe key 'optimization' (did you mean 'optimization'?)"),
+        (["optimizaton.steps=3"], "unknown recipe key 'optimizaton' (did you mean 'optimization'?)"),
         (["optimization.batch_size=4000"], "one step takes 4000 images and the training split has 1437"),
         (["optimization.gradient_accumulation_steps=3"], "does not divide into 1 processes x 3 accumulation steps"),
     ],
