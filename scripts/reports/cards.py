@@ -15,6 +15,7 @@ A `card.yaml` says where the facts are, and nothing else; paths are relative to 
     model: purified                                              # what the summaries call this model
     sigma: 75                                                    # optional: which of its sigmas, if several
     certificates: [results/digits/certified.json]                # optional: of run_certify.py
+    restorations: [results/photos/psnr.json]                     # optional: of run_attack.py's section reconstruction
     paper_systems: [NIM-MAE]                                     # optional: rows of Table 1, shown as the paper's
 
 The model's own facts come from `config.json` beside `card.yaml`.
@@ -78,6 +79,7 @@ class CardFacts:
     model: str | None = None
     sigma: float | str | None = None
     certificates: list[str] = field(default_factory=list)
+    restorations: list[str] = field(default_factory=list)
     paper_systems: list[str] = field(default_factory=list)
     license: str = "apache-2.0"
 
@@ -129,6 +131,7 @@ def render_card(name: str, facts: CardFacts, config: PreTrainedConfig, root: Pat
             own=own,
             summaries=summaries,
             certificates=certificates,
+            restored=[row for path in facts.restorations for row in _read_result(root / path)["rows"]],
             strongest=strongest_attacks(own),
             paper_table=TABLE_1,
             paper_columns=PAPER_COLUMNS,
@@ -315,7 +318,7 @@ def main() -> int:
     for path in sorted((ROOT / "model_cards").glob("*/card.yaml")):
         folder = path.parent
         facts = load_recipe(path, CardFacts)
-        named |= {ROOT / results for results in [*facts.summaries, *facts.certificates]}
+        named |= {ROOT / results for results in [*facts.summaries, *facts.certificates, *facts.restorations]}
         text = render_card(folder.name, facts, AutoConfig.from_pretrained(folder), root=ROOT)
         card = folder / "README.md"
         old = card.read_text(encoding="utf-8") if card.is_file() else ""
