@@ -48,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = resolve(recipe, undefended=[target.name for target in targets if target.sigma is None])
     paths = {model.name: model.path for model in recipe.models}
     stated = [stated_accuracy(paths[target.name], target, model_hash(target.weights)) for target in targets]
+    purifiers = {}
+    if recipe.reconstruction is not None:
+        purifiers = {n: load_purifier(path, accelerator.device) for n, path in recipe.reconstruction.purifiers.items()}
     run = AttackRun(targets, images, plan, recipe.micro_batch, stated)
     if recipe.pictures is not None:
         pictured_jobs(recipe.pictures, targets, run.jobs)  # before hours of attacks, not after
@@ -74,9 +77,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if recipe.pictures is not None:
             store_pictures(directory, recipe.pictures, targets, run.jobs, images, plan.num_draws, recipe.micro_batch)
         if recipe.reconstruction is not None:
-            purifiers = {
-                name: load_purifier(path, accelerator.device) for name, path in recipe.reconstruction.purifiers.items()
-            }
             lines = reconstruction_records(recipe.reconstruction, purifiers, source, images.order)
             hashes = {name: {"hash": model_hash(purifier)} for name, (purifier, _) in purifiers.items()}
             for row in store_reconstruction(directory, lines, records.settings | {"models": hashes}):

@@ -39,7 +39,7 @@ from modeling_nim.data.augment import AugmentationRecipe
 from modeling_nim.data.evaluation import BAD_IMAGE_LABEL, EvaluationImages, evaluation_loader
 from modeling_nim.data.loader import CropRecipe, TrainingImages, training_loader
 from modeling_nim.noise_nim import MAX_SIGMA_255
-from modeling_nim.runs.bounds import Bounds, Count, Seed, check_fields
+from modeling_nim.runs.bounds import Bounds, Pixels, Seed, check_fields
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.locks import lock_output_dir
 from modeling_nim.runs.models import set_attention
@@ -107,7 +107,7 @@ class FinetuneRecipe:
     # of the composed model and of validation
     defense_sigma: Annotated[float, Bounds(least=0, most=MAX_SIGMA_255)] = 30.0
     # of the training images; larger than the purifier's, they are purified in tiles
-    image_size: Count | None = None
+    image_size: Pixels | None = None
     # share of residual branches left out at the last layer; earlier layers get less
     drop_path_rate: Annotated[float, Bounds(least=0, below=1)] = 0.0
     # share of the target that is spread over all classes

@@ -229,7 +229,7 @@ def add_noise(
         )
     if epsilon.shape != pixel_values.shape:
         raise ValueError(f"epsilon has shape {tuple(epsilon.shape)}, the images {tuple(pixel_values.shape)}")
-    if not torch.compiler.is_compiling() and (sigma < 0).any():  # the check would break a compiled graph
+    if not torch.compiler.is_compiling() and not (sigma >= 0).all():  # NaN too; the check would break a compiled graph
         raise ValueError(f"sigma must be >= 0, got {sigma.min().item():g}")
     scale = (sigma.to(pixel_values) / 255).view(-1, 1, 1, 1) / per_channel(image_std, pixel_values)
     return pixel_values + scale * epsilon.to(pixel_values)

@@ -84,8 +84,8 @@ class NIMImageClassificationPipeline(ImageClassificationPipeline):
             raise ValueError(f"sigma {sigma!r} is a list, one number per image: pass it in the call, with its images")
         if sigma is not None:
             parse_sigma(sigma)  # here, before any image is loaded
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-            raise ValueError(f"seed must be a whole number, got {seed!r}")
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64):
+            raise ValueError(f"seed must be a whole number of at most 64 bits, got {seed!r}")
         if return_purified is not None:
             preprocess["keep_image"] = return_purified
         return preprocess, forward | given, postprocess
@@ -113,9 +113,14 @@ class NIMImageClassificationPipeline(ImageClassificationPipeline):
             image = image.image
         try:
             image = rgb_image(_opened_image(image, timeout))  # as training and evaluation see it
-        except ValueError as error:
+        except TypeError:  # what is no image at all
+            raise
+        except Exception as error:  # Pillow's decoders raise whatever the file makes them trip over
             named = repr(image[:200]) if isinstance(image, str) else f"of type {type(image).__name__}"
-            raise ValueError(f"cannot read image {named}: {error}") from None
+            what = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+            if isinstance(error, UnidentifiedImageError):
+                what = "not an image"
+            raise ValueError(f"cannot read image {named}: {what}") from None
         model_inputs = super().preprocess(image)
         if keep_image:
             model_inputs["input_image"] = [image]
@@ -204,6 +209,8 @@ def _opened_image(source: Any, timeout: float | None) -> Image.Image:
             levels = np.rint(levels * 255).astype(np.uint8)
         if levels.dtype != np.uint8:
             raise ValueError(f"an image array must be uint8 (0..255) or float (0..1), got {levels.dtype}")
+        if levels.ndim != 3:
+            raise ValueError(f"an image array must be (H, W, 3) or (3, H, W), got {levels.shape}")
         return to_pil_image(levels)
     if not isinstance(source, str):
         raise TypeError(f"an image must be a PIL image, an array, a path, a URL or base64, got {type(source).__name__}")

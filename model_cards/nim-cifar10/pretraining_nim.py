@@ -130,6 +130,12 @@ class NIMPreTrainingMixin:
             which patches are hidden, `(B, N)`, one tile after the other, or None where every patch is seen.
         """
         config = self.config
+        shape, channels = tuple(pixel_values.shape), len(config.image_std)
+        if len(shape) != 4 or shape[1] != channels or not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values must be normalized images (B, {channels}, H, W) of floats, got {shape}, "
+                f"{pixel_values.dtype}"
+            )
         if not config.adds_noise and (sigma is not None or epsilon is not None):
             raise ValueError(
                 '`sigma` and `epsilon` belong to degradation="noise"; this model hides patches: use `noise`'

@@ -5,6 +5,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from .checks_nim import check_normalization
 from .configuration_nim import NIMClassifierConfig, NIMConfig
 from .families_nim import CLASSIFIERS, PURIFIERS
 from .noise_nim import parse_sigma
@@ -63,6 +64,13 @@ class NIMPurifiedConfig(PreTrainedConfig):
                 f"image_size {self.image_size} is below the purifier's {smallest}: the purifier covers larger images "
                 "in tiles but cannot shrink; give it at least its own size"
             )
+        if self.classifier_image_size is not None and self.classifier_image_size < 1:
+            raise ValueError(f"classifier_image_size must be at least 1, got {self.classifier_image_size}")
+        check_normalization(
+            "classifier_image_",
+            self.classifier_image_mean if self.classifier_image_mean is not None else self.image_mean,
+            self.classifier_image_std if self.classifier_image_std is not None else self.image_std,
+        )
         num_labels = kwargs.pop("num_labels", None)
         if num_labels is not None:  # in `from_pretrained`: weights of another number are refused as any classifier's
             self.classifier_config.num_labels = num_labels

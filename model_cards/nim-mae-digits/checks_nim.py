@@ -1,11 +1,29 @@
 """What the fields of a configuration must fulfill together, so that no model is built that nothing fits."""
 
+import math
+from collections.abc import Sequence
+
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 
+# What fields of a model must fulfill: a number that breaks its rule builds a model that fails later, or in silence.
+_RULES = (
+    (("num_hidden_layers", "intermediate_size", "decoder_intermediate_size"), "at least 1", lambda value: value >= 1),
+    (("decoder_num_hidden_layers",), "at least 0", lambda value: value >= 0),
+    (("layer_norm_eps",), "above 0", lambda value: 0 < value < math.inf),
+    (("initializer_range",), "at least 0 and finite", lambda value: 0 <= value < math.inf),
+    (("hidden_dropout_prob", "attention_probs_dropout_prob"), "in 0..1", lambda value: 0 <= value <= 1),
+)
+
+
 def check_sizes(config: PreTrainedConfig) -> None:
-    """That patches tile the image, that heads share the width, and that mean and standard deviation fit each other."""
+    """That patches tile the image, that heads share the width, that mean and standard deviation fit each other, and
+    that no number is senseless."""
+    for names, words, holds in _RULES:
+        for name in names:
+            if not holds(value := getattr(config, name, 1)):
+                raise ValueError(f"{name} must be {words}, got {value}")
     image_size, patch_size = config.image_size, config.patch_size
     sides = isinstance(image_size, int) and isinstance(patch_size, int) and min(image_size, patch_size) > 0
     if not sides or image_size % patch_size:
@@ -21,10 +39,15 @@ def check_sizes(config: PreTrainedConfig) -> None:
             )
     if config.hidden_act not in ACT2FN:
         raise ValueError(f"hidden_act {config.hidden_act!r} is unknown; use one of {', '.join(ACT2FN)}")
-    if len(config.image_mean) != len(config.image_std) or min(config.image_std) <= 0:
+    check_normalization("image_", config.image_mean, config.image_std)
+
+
+def check_normalization(prefix: str, mean: Sequence[float], std: Sequence[float]) -> None:
+    """That the fields `prefix`mean and `prefix`std have as many numbers, and that one can divide by the second."""
+    if not all(map(math.isfinite, (*mean, *std))) or len(mean) != len(std) or min(std, default=0) <= 0:
         raise ValueError(
-            f"image_mean {list(config.image_mean)} and image_std {list(config.image_std)}: give one number for each "
-            "channel, standard deviations above 0"
+            f"{prefix}mean {list(mean)} and {prefix}std {list(std)}: give one number for each channel, standard "
+            "deviations above 0"
         )
 
 

@@ -1,7 +1,7 @@
 """The evaluation from Python: `attack`, `evaluate` and `certify` anything that makes logits of [0, 1] images."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
@@ -179,15 +179,18 @@ def evaluate(
     images = _images(data, targets, processor, _device(targets))
     if isinstance(attacks, (str, AttackRecipe, dict)) or callable(attacks):
         attacks = [attacks]
+    attacks, epsilon_255, seeds = (
+        _list(value, name) for value, name in ((attacks, "attacks"), (epsilon_255, "epsilon_255"), (seeds, "seeds"))
+    )
     with nullcontext(output_dir) if output_dir else TemporaryDirectory() as directory:
         recipe = AttackRunRecipe(
             str(directory),
             models=[EvaluatedModelRecipe(name) for name in dict.fromkeys(target.name for target in targets)],
             protocol=protocol,
-            attacks=[_attack_recipe(one, epsilon_255) for one in attacks],
-            epsilon_255=None if epsilon_255 is None else list(epsilon_255),
+            attacks=[_attack_recipe(one, epsilon_255) for one in attacks or ()],
+            epsilon_255=None if protocol is None else epsilon_255,
             num_images=num_images,
-            seeds=None if seeds is None else list(seeds),
+            seeds=seeds,
             num_draws=num_draws,
             batch_size=batch_size,
             micro_batch=micro_batch,
@@ -242,7 +245,9 @@ def certify(
     }
     with nullcontext(output_dir) if output_dir else TemporaryDirectory() as directory:
         models = [EvaluatedModelRecipe(target.name) for target in targets]
-        recipe = CertifyRecipe(str(directory), models, seed=seed, micro_batch=micro_batch, radii=list(radii), **keys)
+        recipe = CertifyRecipe(
+            str(directory), models, seed=seed, micro_batch=micro_batch, radii=_list(radii, "radii"), **keys
+        )
         run = CertificationRun(targets, images, recipe)
         certificates = run.open(Accelerator())
         with tqdm(total=len(certificates.units), unit="image", disable=not progress) as bar:
@@ -259,12 +264,25 @@ def _targets(model: Any) -> list[Target]:
     return [as_target(one) for one in (model if isinstance(model, (list, tuple)) else [model])]
 
 
+def _list(values: Any, name: str) -> list[Any] | None:
+    """A list of what an argument holds, one thing or several; None stays None."""
+    if values is None:
+        return None
+    if isinstance(values, (str, int, float)):
+        return [values]
+    if not isinstance(values, Iterable):
+        raise ValueError(f"{name} must be a list, got {type(values).__name__}")
+    return list(values)
+
+
 def _attack_recipe(one: Any, epsilon_255: Sequence[float] | None) -> AttackRecipe:
     if isinstance(one, AttackRecipe):
         return one
+    if not isinstance(one, (dict, str)) and not callable(one):
+        raise ValueError(f"an attack must be a name, a function, a dictionary or an AttackRecipe, got {one!r}")
     settings = dict(one) if isinstance(one, dict) else {"attack": one}
     if epsilon_255 is not None:
-        settings.setdefault("epsilon_255", list(epsilon_255))
+        settings.setdefault("epsilon_255", epsilon_255)
     return AttackRecipe(**settings)
 
 

@@ -73,11 +73,16 @@ def random_start(
     return (images_01 + start).clamp(0, 1)
 
 
-def average_over_patches(tensor: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """Each patch of `(B, C, H, W)` replaced by its mean."""
-    height, width = tensor.shape[-2:]
+def check_patches(images: torch.Tensor, patch_size: int) -> None:
+    """ValueError where patches do not tile the images `(B, C, H, W)`."""
+    height, width = images.shape[-2:]
     if height % patch_size or width % patch_size:
         raise ValueError(f"patches of {patch_size} pixels do not tile images of {height}x{width}: set patch_size")
+
+
+def average_over_patches(tensor: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Each patch of `(B, C, H, W)` replaced by its mean."""
+    check_patches(tensor, patch_size)
     return F.interpolate(F.avg_pool2d(tensor, patch_size), scale_factor=patch_size, mode="nearest")
 
 
@@ -100,6 +105,8 @@ def pgd(
     clipping the image instead of the iterate, left the same accuracy on digits.
     `start_01` overrides the start; `weigh` weights the draws of each step (`Oracle.gradient`).
     """
+    if patch_size is not None:
+        check_patches(images_01, patch_size)
     if start_01 is not None:
         adversarial = start_01.clone()
     elif from_random_start:
@@ -352,6 +359,11 @@ def check_arguments(row: Attack, arguments: dict[str, Any], who: str) -> None:
     if "arguments" not in row.settings or "torchattacks_class" in row.settings:  # its classes know their own
         return
     parameters = inspect.signature(row.run).parameters
+    positional = [item for item in parameters.values() if item.kind <= item.VAR_POSITIONAL]
+    if len(positional) < 3 and not any(item.kind == item.VAR_POSITIONAL for item in positional):
+        raise ValueError(
+            f"{who} is called with (oracle, images_01, epsilon) and takes {', '.join(parameters) or 'nothing'}"
+        )
     takes_any = any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     own = {name: item for name, item in list(parameters.items())[3:] if name not in KEYWORDS.values()}
     unknown = [] if takes_any else sorted(set(arguments) - set(own))

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from ..data import DataRecipe
 from ..noise_nim import normalize, parse_sigma
-from ..runs.bounds import Bounds, Count, Seed, check_fields
+from ..runs.bounds import Bounds, Count, Seed, check_fields, check_list
 from ..runs.files import write_json
 from .checks import inspect_target
 from .cost import measure_speed
@@ -47,6 +47,8 @@ class CertifyRecipe:
 
     def __post_init__(self):
         check_fields(self)
+        check_list(self.radii, "radii")
+        check_list(self.models, "models")
 
 
 def check_certifiable(target: Target, images_01: torch.Tensor) -> float:

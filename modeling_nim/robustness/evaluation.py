@@ -1,12 +1,14 @@
 """One batch of one job: attack it, score it on fresh noise, write it down."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from .draws import EVALUATE, SELECT
+from .functions import naming_own_function
 from .jobs import Job
 from .oracle import Oracle, RowLoss, choose_worst, decide, rows_per_pass, target_forward, without_draws
 from .records import Record, sigma_value
@@ -95,7 +97,8 @@ def _attack(job, targets, images_01, labels, image_ids, selection_draws, micro_b
         for restart in range(recipe.restarts):
             oracle.begin(part * recipe.restarts + restart)
             keywords = recipe.keywords(job.epsilon_255, restart, target.patch_size)
-            candidates.append(row.run(oracle, images_01, job.epsilon_255 / 255, **keywords))
+            with naming_own_function(f"attack {recipe.label!r}") if recipe.uses_own_code else nullcontext():
+                candidates.append(row.run(oracle, images_01, job.epsilon_255 / 255, **keywords))
     # a gray-box attacker chooses by what it sees, too
     return choose_worst(oracle, forward, candidates, labels, selection_draws if sees_randomness else 1), oracle
 

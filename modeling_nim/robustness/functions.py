@@ -1,7 +1,8 @@
 """Functions that a recipe names or a caller passes: attacks, losses and purifiers that live outside of this package."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 def named_function(name: str, what: str) -> Callable:
@@ -24,6 +25,18 @@ def named_function(name: str, what: str) -> Callable:
     if not callable(found):
         raise ValueError(f"{what} {name!r} is a {type(found).__name__}, no function")
     return found
+
+
+@contextmanager
+def naming_own_function(what: str) -> Iterator[None]:
+    """Says which function from outside of this package ended with an error, and with which."""
+    try:
+        yield
+    except (ValueError, OSError):  # these say what is wrong
+        raise
+    except Exception as error:
+        kind, words = type(error).__name__, " ".join(str(error).split())
+        raise ValueError(f"{what} ended with {kind}: {words}; NIM_TRACEBACK=1 shows where") from error
 
 
 def function_name(function: Callable | str) -> str:

@@ -79,7 +79,11 @@ class TensorImages:
         num_classes: int | None = None,
         device: torch.device | str = "cpu",
     ):
-        self.images_01, self.labels, self.device = check_images(images_01), torch.as_tensor(labels), device
+        try:
+            self.labels = torch.as_tensor(labels)
+        except (TypeError, ValueError, RuntimeError):  # torch's own errors name no argument
+            raise ValueError(f"labels must be class indices, got {type(labels).__name__}") from None
+        self.images_01, self.device = check_images(images_01), device
         number = len(images_01)
         check_labels(self.labels, number, num_classes)
         self.ids = [f"{index:08d}" for index in range(number)] if image_ids is None else list(image_ids)

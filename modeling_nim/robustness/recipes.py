@@ -10,7 +10,7 @@ import torch
 from ..configuration_nim_purified import MAX_VOTES
 from ..data import DataRecipe
 from ..noise_nim import MAX_SIGMA_255, parse_sigma
-from ..runs.bounds import Bounds, Count, Seed, check_fields
+from ..runs.bounds import Bounds, Count, Draws, Pixels, Seed, check_fields, check_list
 from .attacks import KEYWORDS, Attack, check_arguments, find_attack
 from .functions import function_name, named_function, short_name
 from .oracle import LOSSES, RowLoss
@@ -54,13 +54,13 @@ class AttackRecipe:
     steps: Count = 10  # gradient steps
     alpha_255: Annotated[float, Bounds(above=0)] | None = None
     alpha_ratio: Annotated[float, Bounds(above=0)] = 0.25  # step over epsilon, where alpha_255 is null
-    eot_samples: Count = 1
+    eot_samples: Draws = 1
     restarts: Count = 1  # the worst of so many runs is kept
     random_start: bool = True  # begin at a random place of the ball
     targeted: bool = False  # towards the likeliest wrong class
     loss: str = "ce"
     queries: Count = 1000  # Square's budget of answers per image
-    patch_size: Count | None = None  # of patch_mean; null: the purifier's
+    patch_size: Pixels | None = None  # of patch_mean; null: the purifier's
     source: str | None = None
     torchattacks_class: str | None = None  # by name, with arguments that it knows
     arguments: dict[str, Any] = field(default_factory=dict)  # of torchattacks_class or of your own function
@@ -85,8 +85,12 @@ class AttackRecipe:
         if self.steps < row.least_steps:
             first = "; its first step is a random start" if row.least_steps > 1 else ""
             raise ValueError(f"{who}: steps must be at least {row.least_steps}, got {self.steps}{first}")
-        if not self.epsilon_255:
-            raise ValueError(f"{who}: epsilon_255 is an empty list; name at least one budget")
+        for key in ("epsilon_255", "threat_models", "models", "sigmas", "seeds"):
+            check_list(getattr(self, key), f"{who}: {key}")
+        if self.alpha_255 is not None and self.alpha_ratio != 0.25:
+            raise ValueError(
+                f"{who}: alpha_255 {self.alpha_255:g} and alpha_ratio {self.alpha_ratio:g} both set the step; give one"
+            )
         if self.norm not in ("linf", "l2"):
             raise ValueError(f"{who}: norm must be 'linf' or 'l2', got {self.norm!r}")
         if self.attack == "square" and self.queries < 2 * self.eot_samples:
@@ -123,6 +127,11 @@ class AttackRecipe:
         """The functions that the attack makes large, one after the other."""
         names = (self.loss,) if "loss" in self.row.settings else self.row.losses
         return tuple(_find_loss(name) for name in names)
+
+    @property
+    def uses_own_code(self) -> bool:
+        """Whether attack or loss are code from outside of this package."""
+        return self.implementation != "nim" or self.loss not in LOSSES
 
     @property
     def uses_dlr(self) -> bool:
@@ -252,7 +261,7 @@ class EvaluatedModelRecipe:
     smoothed: bool = False  # a classifier behind the noise of sigma alone, without a purifier
     # share of patches that a purifier trained with masks hides; 0: it sees all of the noisy image; null: its own
     mask_ratio: Annotated[float, Bounds(least=0, below=1)] | None = None
-    classifier_image_size: Count | None = None  # what the classifier expects, where its files do not say
+    classifier_image_size: Pixels | None = None  # what the classifier expects, where its files do not say
     # of the normalization that the classifier expects
     classifier_image_mean: list[Annotated[float, Bounds(least=-1000, most=1000)]] | None = None
     classifier_image_std: list[Annotated[float, Bounds(above=0)]] | None = None  # likewise
@@ -262,6 +271,14 @@ class EvaluatedModelRecipe:
 
     def __post_init__(self):
         check_fields(self, f"model {self.name!r}: ")
+        if isinstance(self.sigma, list):
+            check_list(self.sigma, f"model {self.name!r}: sigma")
+        means, stds = self.classifier_image_mean, self.classifier_image_std
+        if (means is None) != (stds is None) or any(len(values) != 3 for values in (means, stds) if values is not None):
+            raise ValueError(
+                f"model {self.name!r}: classifier_image_mean {means} and classifier_image_std {stds} go together, "
+                f"three numbers each"
+            )
         if self.classifier_settings() and self.classifier is None:
             given = next(iter(self.classifier_settings()))
             raise ValueError(f"model {self.name!r}: {given} is for 'purifier' and 'classifier' paths; leave it out")
@@ -291,6 +308,8 @@ class PicturesRecipe:
 
     def __post_init__(self):
         check_fields(self, "pictures.")
+        check_list(self.models, "pictures.models")
+        check_list(self.sigmas, "pictures.sigmas")
 
 
 @dataclass
@@ -302,10 +321,12 @@ class ReconstructionRecipe:
     sigmas_255: list[Annotated[float, Bounds(least=0, most=MAX_SIGMA_255)]]  # the noise that is undone
     num_images: Count = 64  # the first images
     # side of the squares cut from the middle of the images and resized to it; null: as the purifier's processor does
-    image_size: Count | None = None
+    image_size: Pixels | None = None
 
     def __post_init__(self):
         check_fields(self, "reconstruction.")
+        check_list(self.sigmas_255, "reconstruction.sigmas_255")
+        check_list(list(self.purifiers), "reconstruction.purifiers")
 
 
 @dataclass
@@ -326,7 +347,7 @@ class AttackRunRecipe:
     epsilon_255: list[Epsilon255] | None = None  # instead of the protocol's main budgets
     num_images: Count | None = None  # instead of the protocol's; null: all
     seeds: list[Seed] | None = None  # instead of the protocol's
-    num_draws: Count | None = None  # noise draws that score an image, instead of the protocol's
+    num_draws: Draws | None = None  # noise draws that score an image, instead of the protocol's
     batch_size: Count = 64  # images attacked at a time
     micro_batch: Count = 256  # most rows of one forward pass (images x draws x votes): memory
     pictures: PicturesRecipe | None = None
@@ -334,5 +355,9 @@ class AttackRunRecipe:
 
     def __post_init__(self):
         check_fields(self)
-        if self.seeds == []:
-            raise ValueError("seeds is an empty list; name at least one, such as [0]")
+        check_list(self.seeds, "seeds")
+        check_list(self.epsilon_255, "epsilon_255")
+        if self.epsilon_255 is not None and self.protocol is None:
+            raise ValueError(
+                f"epsilon_255 {self.epsilon_255} replaces a protocol's budgets and none is named; set each attack's own"
+            )

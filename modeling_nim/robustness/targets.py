@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..modeling_nim_purified import NIMPurifiedImageClassification
-from ..noise_nim import denormalize, normalize, parse_sigma
+from ..noise_nim import MAX_SIGMA_255, denormalize, normalize, parse_sigma
 from .draws import isolated_global_rng
 
 
@@ -262,6 +262,10 @@ class SmoothedTarget(Target):
 
     def __init__(self, base: Target, sigma_255: float):
         super().__init__()
+        if not 0 < sigma_255 <= MAX_SIGMA_255:
+            raise ValueError(
+                f"sigma_255 of the smoothing noise must be above 0 and at most {MAX_SIGMA_255}, got {sigma_255}"
+            )
         self.base, self.name, self.sigma_255, self.sigma = base, base.name, sigma_255, f"{sigma_255:g}"
 
     @property

@@ -13,6 +13,7 @@ from .oracle import Oracle
 # What the settings of a recipe are called there.
 THEIR_NAMES = {"alpha_255": "alpha", "alpha_ratio": "alpha", "steps": "steps", "queries": "n_queries"}
 THEIR_NAMES |= {"eot_samples": "eot_iter"}
+COUNTS = ("steps", "n_queries", "eot_iter", "n_restarts")
 
 
 def torchattacks_class(recipe: Any) -> type:
@@ -28,6 +29,14 @@ def torchattacks_class(recipe: Any) -> type:
     unknown = sorted(set(recipe.arguments) - set(known))
     if unknown:
         raise ValueError(f"torchattacks.{recipe.torchattacks_class} takes no argument {unknown[0]!r}")
+    for name, value in recipe.arguments.items():
+        least = 1 if name in COUNTS else 0
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if isinstance(known[name].default, (int, float)) and not isinstance(known[name].default, bool):
+            if not is_number or not least <= value < float("inf"):
+                raise ValueError(
+                    f"torchattacks.{recipe.torchattacks_class}: {name} must be a number from {least} up, got {value!r}"
+                )
     for setting in recipe.changed_settings():
         if setting in THEIR_NAMES and THEIR_NAMES[setting] not in known:
             raise ValueError(

@@ -40,6 +40,9 @@ class Bounds:
 Seed = Annotated[int, Bounds(least=0, most=2**32 - 1, reason="numpy's seeds have 32 bits")]
 Count = Annotated[int, Bounds(least=1, most=2**40)]
 Share = Annotated[float, Bounds(least=0, most=1)]
+Draws = Annotated[int, Bounds(least=1, most=100_000)]  # of noise; more change nothing that could be measured
+Pixels = Annotated[int, Bounds(least=1, most=16_384)]  # on a side of an image
+Weight = Annotated[float, Bounds(least=0, most=1_000_000)]  # of a part of a loss
 
 
 def check_fields(section: Any, prefix: str = "") -> None:
@@ -53,12 +56,31 @@ def check_fields(section: Any, prefix: str = "") -> None:
         check_value(getattr(section, field.name), type(section), field.name, prefix + field.name)
 
 
+def check_list(values: list | None, key: str) -> None:
+    """For lists of which every item is one more thing to do: ValueError where there is none, or one stands twice.
+
+    None, which takes the place of such a list in recipes, is right.
+    """
+    if values is None:
+        return
+    if not values:
+        raise ValueError(f"{key} is an empty list; name at least one, or leave it out")
+    for number, value in enumerate(values):
+        if value in values[:number]:
+            raise ValueError(f"{key} names {value!r} twice; once is enough")
+
+
 def check_value(value: Any, schema: type, field: str, key: str) -> None:
     """The same for one value of `schema`'s field `field`, called `key` in the message."""
-    bounds = _bounds(schema)[field]
+    bounds, kinds = _allowed(schema)[field]
+    numbers = kinds & {int, float}
     for item in value if isinstance(value, (list, tuple)) else [value]:
+        if numbers and (isinstance(item, (list, dict)) or (isinstance(item, str) and str not in kinds)):
+            raise ValueError(f"{key} must be a number, got {item!r}")
         if isinstance(item, bool) or not isinstance(item, (int, float, str)):
             continue
+        if isinstance(item, float) and numbers == {int}:
+            raise ValueError(f"{key} must be a whole number, got {item!r}")
         if isinstance(item, str):
             if not item.strip() or "\0" in item:
                 raise ValueError(f"{key} must be a text without NUL characters that is not empty, got {item!r}")
@@ -70,14 +92,22 @@ def check_value(value: Any, schema: type, field: str, key: str) -> None:
 
 
 @cache
-def _bounds(schema: type) -> dict[str, Bounds | None]:
+def _allowed(schema: type) -> dict[str, tuple[Bounds | None, set[Any]]]:
+    """For each field its bounds, if it has any, and the types that stand in its hint."""
     hints = typing.get_type_hints(schema, include_extras=True)
-    return {name: next(_bounds_within(hint), None) for name, hint in hints.items()}
+    parts = {name: list(parts_of(hint)) for name, hint in hints.items()}
+    return {
+        name: (next((part for part in found if isinstance(part, Bounds)), None), set(filter(_is_type, found)))
+        for name, found in parts.items()
+    }
 
 
-def _bounds_within(hint: Any) -> Iterator[Bounds]:
-    """The bounds in a hint, however deep in unions and lists they stand."""
-    yield from (extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Bounds))
-    for part in typing.get_args(hint):
-        if not isinstance(part, Bounds):
-            yield from _bounds_within(part)
+def parts_of(hint: Any) -> Iterator[Any]:
+    """A hint and everything in it: types, literals, `Bounds`, however deep in unions and lists they stand."""
+    yield hint
+    for part in typing.get_args(hint) if not isinstance(hint, Bounds) else ():
+        yield from parts_of(part)
+
+
+def _is_type(part: Any) -> bool:
+    return isinstance(part, type)

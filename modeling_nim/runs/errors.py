@@ -16,32 +16,42 @@ from tqdm import tqdm
 WAIT_FOR_THE_FIRST_S = 5.0
 # gloo's and NCCL's words; the process that ended first has the cause
 _PEER_IS_GONE = re.compile(r"Connection (closed|reset) by peer|remote process exited|Broken pipe")
+_PEER_HAS_ENDED = "another process of this run has ended; its own message says why"
+_NO_MEMORY = re.compile(r"can't allocate memory|out of memory")  # PyTorch's allocators' words
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Runs `main` and exits. Bad input (`ValueError`, `OSError`, a configuration that its class refuses) prints
-    `error: ...`; `NIM_TRACEBACK=1` shows where."""
+    """Runs `main` and exits. Bad input (`ValueError`, `OSError`, a configuration that its class refuses) and too little
+    memory print `error: ...`; `NIM_TRACEBACK=1` shows where."""
     try:
         sys.exit(main())
-    except (ValueError, OSError, StrictDataclassError) as error:
-        if os.environ.get("NIM_TRACEBACK"):
+    except (ValueError, OSError, StrictDataclassError, RuntimeError, MemoryError) as error:
+        message = _message(error)
+        if message is None or os.environ.get("NIM_TRACEBACK"):
             raise
-        _leave_it_to_the_first()
-        # strict dataclasses wrap the message of a validator; the cause says what is wrong
-        while isinstance(error, StrictDataclassError) and error.__cause__ is not None:
-            error = error.__cause__
+        _leave_it_to_the_first(always=message is _PEER_HAS_ENDED)
         for bar in list(tqdm._instances):
             bar.close()  # or the message would begin at the end of the bar's line
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        _exit(2)
-    except RuntimeError as error:
-        if not _PEER_IS_GONE.search(str(error)):
-            raise
-        _leave_it_to_the_first(always=True)
-        print("error: another process of this run has ended; its own message says why", file=sys.stderr)
-        _exit(1)
+        print(f"error: {message}", file=sys.stderr)
+        _exit(1 if message is _PEER_HAS_ENDED else 2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _message(error: Exception) -> str | None:
+    """What the user is told in one line; None for an error that nobody expected."""
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
+        asked = re.search(r"allocate ([\d.]+ ?\w+)", str(error))
+        return (
+            f"the memory is not enough{f' for {asked[1]} more' if asked else ''}; lower the batch size "
+            f"(optimization.batch_size, micro_batch), the image size or the model's"
+        )
+    if isinstance(error, RuntimeError):
+        return _PEER_HAS_ENDED if _PEER_IS_GONE.search(str(error)) else None
+    # strict dataclasses wrap the message of a validator; the cause says what is wrong
+    while isinstance(error, StrictDataclassError) and error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())
 
 
 def _exit(code: int) -> None:

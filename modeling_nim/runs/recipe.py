@@ -25,6 +25,7 @@ from .help import RecipeParser
 T = TypeVar("T")
 
 _MAX_INT = 2**63  # what seeds and tensors hold
+_MAX_VALUES = 100_000  # in one recipe, aliases written out
 
 
 def parse_command_line(documentation: str, schema: type[T], argv: Sequence[str] | None = None) -> T:
@@ -89,17 +90,44 @@ def read_recipe(path: str | os.PathLike) -> dict[str, Any]:
     """What one YAML file says, as it stands there; raises as `load_recipe` does."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no recipe {str(path)!r}; name a YAML file, e.g. one of scripts/recipes/")
-    with open(path, encoding="utf-8") as file:
-        try:
-            values = yaml.load(file, _UniqueKeyLoader)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from None
-        except RecursionError:
-            raise ValueError(f"recipe {str(path)!r} is nested too deeply to be read") from None
+    with open(path, "rb") as file:
+        values = _parse_yaml(file.read(), f"recipe {str(path)!r}")
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ValueError(f"recipe {str(path)!r} must be a mapping of keys to values, got {type(values).__name__}")
     return values
+
+
+def _parse_yaml(text: bytes | str, what: str) -> Any:
+    """The value of a YAML text; ValueError that begins with `what` for everything that is none, or too much of it."""
+    try:
+        value = yaml.load(text.decode("utf-8") if isinstance(text, bytes) else text, _UniqueKeyLoader)
+        _count_values(value, {})
+    except RecursionError:
+        raise ValueError(f"{what} is nested too deeply to be read") from None
+    # constructors of dates, numbers and truth values trip over wrong ones in their own ways
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
+        raise ValueError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from None
+    return value
+
+
+def _count_values(value: Any, counted: dict[int, int]) -> int:
+    """How many values there are once every alias is written out; a few lines of aliases of aliases make billions.
+
+    `counted` holds what is known of lists and mappings by their id, 0 for those that are being counted.
+    """
+    if not isinstance(value, (dict, list, set)):
+        return 1
+    if (known := counted.get(id(value))) is not None:
+        if known == 0:
+            raise ValueError("an alias refers to what it stands in")
+        return known
+    counted[id(value)] = 0
+    parts = value.values() if isinstance(value, dict) else value
+    counted[id(value)] = number = 1 + sum(_count_values(part, counted) for part in parts)
+    if number > _MAX_VALUES:
+        raise ValueError(f"it holds more than {_MAX_VALUES} values")
+    return number
 
 
 def build_dataclass(schema: type[T], values: dict[str, Any], where: str = "") -> T:
@@ -133,10 +161,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ValueError(f"override {override!r} is not of the form section.key=value")
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError):
-        raise ValueError(f"override {override!r}: the value {text!r} is not valid YAML") from None
+    value = _parse_yaml(text, f"override {override!r}: the value")
     *parents, last = key.split(".")
     node: Any = values
     for depth, part in enumerate(parents):

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..robustness.attacks import pgd
 from ..robustness.oracle import Oracle
-from ..runs.bounds import Bounds, Count, check_fields
+from ..runs.bounds import Bounds, Weight, check_fields
 from .optimization import Plan, soft_cross_entropy
 
 
@@ -30,15 +30,15 @@ class AdversaryRecipe:
     # fgsm is one step from a random start, pgd are `steps` of them; none trains on clean images
     attack: Literal["none", "fgsm", "pgd"] = "none"
     epsilon_255: Annotated[float, Bounds(least=0, most=255)] = 8.0  # L-infinity, on 0..255
-    steps: Count = 3  # of pgd
+    steps: Annotated[int, Bounds(least=1, most=1000)] = 3  # of pgd
     # step over epsilon; null: 1 for fgsm, 2.5 / steps for pgd
-    alpha_ratio: Annotated[float, Bounds(above=0)] | None = None
-    warmup_epochs: Annotated[float, Bounds(least=0)] = 0.0  # the budget grows over these
+    alpha_ratio: Annotated[float, Bounds(above=0, most=100)] | None = None
+    warmup_epochs: Annotated[float, Bounds(least=0, most=1_000_000)] = 0.0  # the budget grows over these
     trains: Literal["classifier", "purifier", "both"] = "classifier"
     # what is learned: labels, or what the classifier says of the clean image
     targets: Literal["labels", "clean_answer"] = "labels"
     # of the squared error between purified and clean image
-    reconstruction_weight: Annotated[float, Bounds(least=0)] = 0.0
+    reconstruction_weight: Weight = 0.0
 
     def __post_init__(self):
         check_fields(self, "adversary.")
@@ -58,6 +58,11 @@ def epsilon_255_at(step: int, recipe: AdversaryRecipe, plan: Plan) -> float:
     if recipe.attack == "none":
         return 0.0
     warmup_steps = recipe.warmup_epochs * plan.steps_per_epoch
+    if warmup_steps > plan.num_steps:
+        raise ValueError(
+            f"adversary.warmup_epochs {recipe.warmup_epochs:g} are {warmup_steps:.0f} steps and the run has "
+            f"{plan.num_steps}, so epsilon_255 {recipe.epsilon_255:g} would never be reached; lower it"
+        )
     return recipe.epsilon_255 * min(1.0, (step + 1) / warmup_steps if warmup_steps else 1.0)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import torch
 
-from ..runs.bounds import Bounds, Count, check_fields
+from ..runs.bounds import Bounds, Weight, check_fields
 
 
 @dataclass
@@ -19,9 +19,9 @@ class ConsistencyRecipe:
     or the one with the smallest loss where none is; its divergence counts where all are right.
     """
 
-    num_draws: Count = 1  # of the noise, for each image of a batch
-    weight: Annotated[float, Bounds(least=0)] = 0.0  # of the draws' divergence from their mean prediction
-    entropy_weight: Annotated[float, Bounds(least=0)] = 0.0  # of the mean prediction's entropy
+    num_draws: Annotated[int, Bounds(least=1, most=1024)] = 1  # of the noise, for each image of a batch
+    weight: Weight = 0.0  # of the draws' divergence from their mean prediction
+    entropy_weight: Weight = 0.0  # of the mean prediction's entropy
     # right: the cross-entropy counts the draws that are right, or else the best one
     selection: Literal["all", "right"] = "all"
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from ..data.augment import augment
 from ..data.loader import to_images_01
 from ..data.randomness import generators, image_seeds
 from ..noise_nim import add_noise, draw_by_image, sample_epsilon, sample_sigma
-from ..runs.bounds import Bounds, check_fields
+from ..runs.bounds import Weight, check_fields
 from .adversary import adversarial_images, as_attacked
 from .consistency import consistent_cross_entropy
 
@@ -29,7 +29,7 @@ class FeatureLossRecipe:
     """
 
     # of the squared error of the classifier's features, purified against clean
-    weight: Annotated[float, Bounds(least=0)] = 0.0
+    weight: Weight = 0.0
 
     def __post_init__(self):
         check_fields(self, "feature_loss.")

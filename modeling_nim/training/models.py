@@ -31,12 +31,14 @@ def make_config(recipe: ModelRecipe) -> PreTrainedConfig:
     """The model's configuration; ValueError for a field that it does not have or a value that it refuses."""
     architecture = ARCHITECTURES[recipe.architecture]
     config_class = architecture.family.pretraining.config_class
-    known = {entry.name for entry in dataclasses.fields(config_class)}
+    # what every configuration of transformers has (labels, dtype, outputs, ...) is not for a recipe
+    not_for_recipes = {entry.name for entry in dataclasses.fields(PreTrainedConfig)} | {"degradation"}
+    known = {entry.name for entry in dataclasses.fields(config_class)} - not_for_recipes
     for name in recipe.config:
-        if name not in known or name == "degradation":
+        if name not in known:
             raise ValueError(
                 f"recipe key 'model.config.{name}' is not for the architecture {recipe.architecture!r}; known keys: "
-                f"{', '.join(sorted(known - {'degradation'}))}"
+                f"{', '.join(sorted(known))}"
             )
     preset = MODEL_SIZES[recipe.size] if recipe.size else {}
     return config_class(**{**preset, **recipe.config, "degradation": architecture.degradation})

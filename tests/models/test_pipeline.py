@@ -232,7 +232,7 @@ def test_what_the_data_loader_refuses_the_pipeline_refuses(pipe, tmp_path):
         ("nan.tif", "NaN"),
         ("line.png", "400x1 pixels"),
         ("int.tif", "32-bit integers"),
-        ("text.png", "cannot identify"),
+        ("text.png", "not an image"),
         ("cut.jpg", "truncated"),
         ("folder.png", "directory"),
         ("none.png", "no such file"),

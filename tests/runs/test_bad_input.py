@@ -53,6 +53,7 @@ def inputs(tmp_path_factory):
             "data": {"source": "digits"},
         },
     }
+    recipes["certify"] = {key: recipes["attack"][key] for key in ("models", "data")} | {"num_images": 2}
     for name, recipe in recipes.items():
         (root / f"{name}.yaml").write_text(yaml.safe_dump(recipe | {"output_dir": str(root / "out")}))
     return root
@@ -69,6 +70,10 @@ def in_the_repository(monkeypatch):
 FOLDER = "data={source: folder, path: INPUTS/no_images}"
 PARTS = "models=[{name: parts, purifier: INPUTS/gray, classifier: INPUTS/classifier}]"
 NO_PURIFIER = "models=[{name: parts, purifier: INPUTS/classifier, classifier: INPUTS/classifier}]"
+HALF_NORMALIZED = f"{PARTS[:-2]}, classifier_image_mean: [0.5]}}]"
+HUGE = f"{PARTS[:-2]}, classifier_image_size: 1000000}}]"
+PEER = "attacks=[{{attack: torchattacks, torchattacks_class: PGD, arguments: {{steps: {}}}}}]"
+RECONSTRUCTION = "reconstruction={{purifiers: {}, sigmas_255: [{}]}}"
 CONVERT = "convert_checkpoint --source nim-mae --output_dir INPUTS/out --checkpoint"
 
 
@@ -150,6 +155,67 @@ CONVERT = "convert_checkpoint --source nim-mae --output_dir INPUTS/out --checkpo
         ("run_attack INPUTS/attack.yaml attacks.0.epsilon_255=[.nan]", ["epsilon_255", "nan"]),
         ("run_attack INPUTS/attack.yaml attacks.0.epsilon_255=[-1]", ["'attacks.0.epsilon_255'", "at least 0"]),
         ("run_attack INPUTS/attack.yaml seeds=[-1]", ["'seeds'", "at least 0"]),
+        ("run_pretrain INPUTS/pretrain.yaml model.config.num_hidden_layers=0", ["num_hidden_layers", "at least 1"]),
+        ("run_pretrain INPUTS/pretrain.yaml model.config.decoder_num_hidden_layers=-1", ["decoder_num_hidden_layers"]),
+        ("run_pretrain INPUTS/pretrain.yaml model.config.intermediate_size=-4", ["intermediate_size", "at least 1"]),
+        ("run_pretrain INPUTS/pretrain.yaml model.config.decoder_intermediate_size=0", ["decoder_intermediate_size"]),
+        (
+            "run_pretrain INPUTS/pretrain.yaml model.config.layer_norm_eps=.nan",
+            ["layer_norm_eps must be above 0", "nan"],
+        ),
+        ("run_pretrain INPUTS/pretrain.yaml model.config.initializer_range=.nan", ["initializer_range", "nan"]),
+        ("run_pretrain INPUTS/pretrain.yaml model.config.hidden_dropout_prob=2", ["hidden_dropout_prob", "0..1", "2"]),
+        ("run_pretrain INPUTS/pretrain.yaml model.config.image_mean=[.nan,0.0,0.0]", ["image_mean [nan", "one number"]),
+        (
+            "run_pretrain INPUTS/pretrain.yaml model.config.image_size=1000000",
+            ["memory is not enough for 2000", "lower"],
+        ),
+        ("run_pretrain INPUTS/pretrain.yaml model.config.id2label=3", ["'model.config.id2label' is not for"]),
+        ("run_pretrain INPUTS/pretrain.yaml model.config.dtype=float8", ["'model.config.dtype' is not for"]),
+        ("run_pretrain INPUTS/pretrain.yaml model.config.return_dict=false", ["'model.config.return_dict' is not for"]),
+        ("run_finetune INPUTS/finetune.yaml adversary.steps=1000000000000", ["'adversary.steps'", "at most 1000"]),
+        (
+            "run_finetune INPUTS/finetune.yaml adversary.alpha_ratio=1e300 adversary.attack=fgsm",
+            ["'adversary.alpha_ratio'", "at most 100"],
+        ),
+        ("run_finetune INPUTS/finetune.yaml consistency.num_draws=1000000000", ["'consistency.num_draws'", "1024"]),
+        ("run_finetune INPUTS/finetune.yaml feature_loss.weight=1e300", ["'feature_loss.weight'", "at most 1000000"]),
+        ("run_finetune INPUTS/finetune.yaml image_size=9999999", ["'image_size'", "at most 16384"]),
+        ("run_attack INPUTS/attack.yaml models.0.sigma=[]", ["model 'defended': sigma is an empty list"]),
+        ("run_attack INPUTS/attack.yaml models.0.sigma=[30,30]", ["sigma names 30.0 twice"]),
+        (f"run_attack INPUTS/attack.yaml {HALF_NORMALIZED}", ["classifier_image_mean [0.5]", "three numbers each"]),
+        (f"run_attack INPUTS/attack.yaml {HUGE}", ["classifier_image_size' must be", "at most 16384"]),
+        ("run_attack INPUTS/attack.yaml attacks.0.models=[]", ["attack 'fgsm': models is an empty list"]),
+        ("run_attack INPUTS/attack.yaml attacks.0.sigmas=[]", ["attack 'fgsm': sigmas is an empty list"]),
+        ("run_attack INPUTS/attack.yaml attacks.0.seeds=[]", ["attack 'fgsm': seeds is an empty list"]),
+        ("run_attack INPUTS/attack.yaml attacks.0.seeds=[3,3]", ["attack 'fgsm': seeds names 3 twice"]),
+        ("run_attack INPUTS/attack.yaml attacks.0.epsilon_255=[8,8]", ["epsilon_255 names 8.0 twice"]),
+        ("run_attack INPUTS/attack.yaml seeds=[0,0]", ["seeds names 0 twice"]),
+        (
+            "run_attack INPUTS/attack.yaml epsilon_255=[2]",
+            ["epsilon_255 [2.0]", "a protocol's budgets", "none is named"],
+        ),
+        ("run_attack INPUTS/attack.yaml num_draws=10000000000", ["'num_draws'", "at most 100000"]),
+        (
+            "run_attack INPUTS/attack.yaml attacks=[{attack: os:system}]",
+            ["(oracle, images_01, epsilon)", "takes command"],
+        ),
+        (
+            "run_attack INPUTS/attack.yaml attacks=[{attack: pgd, alpha_255: 1, alpha_ratio: 0.5}]",
+            ["alpha_255 1 and alpha_ratio 0.5 both set the step"],
+        ),
+        (f"run_attack INPUTS/attack.yaml {PEER.format('abc')}", ["torchattacks.PGD: steps must be a number", "'abc'"]),
+        (f"run_attack INPUTS/attack.yaml {PEER.format(-1)}", ["steps must be a number from 1 up, got -1"]),
+        (f"run_attack INPUTS/attack.yaml {RECONSTRUCTION.format('{}', 30)}", ["purifiers is an empty list"]),
+        (
+            f"run_attack INPUTS/attack.yaml {RECONSTRUCTION.format('{a: INPUTS/purifier}', '')}",
+            ["sigmas_255 is an empty list"],
+        ),
+        (f"run_attack INPUTS/attack.yaml {RECONSTRUCTION.format('{a: INPUTS/none}', 30)}", ["no model directory"]),
+        ("run_certify INPUTS/certify.yaml radii=[]", ["radii is an empty list"]),
+        ("run_certify INPUTS/certify.yaml radii=[0.5,0.5]", ["radii names 0.5 twice"]),
+        ("run_certify INPUTS/certify.yaml models=[]", ["models is an empty list"]),
+        ("run_certify INPUTS/certify.yaml", ['patch_statistics="input"', "no certificate would be valid"]),
         (f"{CONVERT} none.pt", ["no checkpoint at 'none.pt'"]),
         (f"{CONVERT} INPUTS/text.pt", ["text.pt' cannot be read"]),
         (f"{CONVERT} tests/fixtures/golden/simmim_pretrain.pth", ["does not fit --source", "patch_embed.proj.weight"]),

@@ -5,54 +5,57 @@ import typing
 
 import pytest
 import torch
+from training_runs import load_script
 
-from modeling_nim.data.augment import AugmentationRecipe
 from modeling_nim.data.base import DataRecipe
-from modeling_nim.data.loader import CropRecipe
 from modeling_nim.noise_nim import parse_sigma
 from modeling_nim.robustness.certification import CertifyRecipe
 from modeling_nim.robustness.recipes import (
     AttackRecipe,
     AttackRunRecipe,
     EvaluatedModelRecipe,
-    PicturesRecipe,
     ReconstructionRecipe,
 )
-from modeling_nim.runs.bounds import Bounds, _bounds_within
+from modeling_nim.runs.bounds import Bounds, parts_of
 from modeling_nim.runs.recipe import build_dataclass
-from modeling_nim.training.adversary import AdversaryRecipe
-from modeling_nim.training.consistency import ConsistencyRecipe
+from modeling_nim.training.models import ModelRecipe
 from modeling_nim.training.optimization import OptimizationRecipe
-from modeling_nim.training.settings import CheckpointRecipe, LoggingRecipe
 
 
-# Every section, and what it needs to be made.
-SECTIONS = {
-    DataRecipe: {},
-    CropRecipe: {},
-    AugmentationRecipe: {},
-    AdversaryRecipe: {},
-    ConsistencyRecipe: {},
-    CheckpointRecipe: {},
-    LoggingRecipe: {},
-    OptimizationRecipe: {"batch_size": 8, "base_learning_rate": 0.1, "steps": 3},
+PretrainRecipe = load_script("run_pretrain").PretrainRecipe
+FinetuneRecipe = load_script("run_finetune").FinetuneRecipe
+
+
+def sections_of(schema):
+    """The dataclass `schema` and every section in it."""
+    yield schema
+    for hint in typing.get_type_hints(schema, include_extras=True).values():
+        for part in parts_of(hint):
+            if dataclasses.is_dataclass(part) and not isinstance(part, Bounds):
+                yield from sections_of(part)
+
+
+OPTIMIZATION = {"batch_size": 8, "base_learning_rate": 0.1, "steps": 3}
+RUN = {"seed": 0, "output_dir": "x", "data": DataRecipe(), "optimization": OptimizationRecipe(**OPTIMIZATION)}
+# What a section needs to be made; the others have a default for everything.
+NEEDED = {
+    PretrainRecipe: RUN | {"model": ModelRecipe()},
+    FinetuneRecipe: RUN | {"init": "x"},
+    OptimizationRecipe: OPTIMIZATION,
     AttackRecipe: {"attack": "pgd"},
     EvaluatedModelRecipe: {"name": "x", "path": "x"},
-    PicturesRecipe: {},
     ReconstructionRecipe: {"purifiers": {"x": "x"}, "sigmas_255": [30.0]},
     AttackRunRecipe: {"output_dir": "x"},
     CertifyRecipe: {"output_dir": "x", "models": []},
 }
+RECIPES = (PretrainRecipe, FinetuneRecipe, AttackRunRecipe, CertifyRecipe)
+SECTIONS = {schema: NEEDED.get(schema, {}) for recipe in RECIPES for schema in sections_of(recipe)}
 
 
 def numbers_of(schema):
     """(field, hint) of the fields that hold numbers; sigmas are texts too, and read by `parse_sigma`."""
     for name, hint in typing.get_type_hints(schema, include_extras=True).items():
-        parts, kinds = [hint], set()
-        while parts:
-            part = parts.pop()
-            kinds.add(part)
-            parts += [] if isinstance(part, Bounds) else typing.get_args(part)
+        kinds = set(parts_of(hint))
         if kinds & {int, float} and str not in kinds:
             yield name, hint
 
@@ -66,7 +69,7 @@ FIELDS = [
 
 @pytest.mark.parametrize("schema, name, hint", FIELDS)
 def test_every_number_of_a_recipe_has_bounds_and_keeps_to_them(schema, name, hint):
-    bounds = next(_bounds_within(hint), None)
+    bounds = next((part for part in parts_of(hint) if isinstance(part, Bounds)), None)
     assert bounds is not None, f"{schema.__name__}.{name} takes any number: give it Bounds"
     lowest = bounds.least if bounds.least is not None else bounds.above
     bad = [lowest - 1, float("nan"), float("inf")]
@@ -79,6 +82,7 @@ def test_every_number_of_a_recipe_has_bounds_and_keeps_to_them(schema, name, hin
         values = SECTIONS[schema] | {name: [value] if is_list else value}
         with pytest.raises(ValueError, match=rf"{name} must be"):
             schema(**values)
+        values = {key: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for key, v in values.items()}
         with pytest.raises(ValueError, match=f"'section.{name}"):  # and from a file, with the whole key
             build_dataclass(schema, values, "section")
 

@@ -58,6 +58,12 @@ def test_override_creates_a_section_left_out(tmp_path):
     assert load(tmp_path, "seed: 0", "section.mode=b").section.mode == "b"
 
 
+# eight lines that stand for nine to the power of eight values
+ALIASES_OF_ALIASES = "seed:\n- &a0 [x]\n" + "".join(
+    f"- &a{number} [{', '.join([f'*a{number - 1}'] * 9)}]\n" for number in range(1, 9)
+)
+
+
 @pytest.mark.parametrize(
     "text, overrides, message",
     [
@@ -78,6 +84,15 @@ def test_override_creates_a_section_left_out(tmp_path):
         ("seed: 1\nparts: [{sigma: 1}]", (), "'parts.0.name' is missing"),
         ("- 1", (), "must be a mapping"),
         ("seed: [1", (), "not valid YAML"),
+        ("seed: 2026-13-45", (), "not valid YAML: month must be in"),
+        ("seed: !!timestamp abc", (), "not valid YAML"),
+        ("seed: !!bool abc", (), "not valid YAML"),
+        ("seed: !!int abc", (), "not valid YAML"),
+        ("seed: " + "9" * 5000, (), "not valid YAML"),
+        ("seed: &a [*a]", (), "an alias refers to what it stands in"),
+        (ALIASES_OF_ALIASES, (), "holds more than 100000 values"),
+        ("seed: 3", ("seed=&a [*a]",), "override 'seed=&a.*an alias refers to what it stands in"),
+        ("seed: 3", ("model={size: a, size: b}",), "override .*'size' stands twice"),
         ("seed: 1", ("seed",), "not of the form"),
         ("seed: 1", ("seed.x=1",), "'seed' is not a section"),
         ("seed: 1\nparts: [{name: x}]", ("parts.1.name=y",), "'1' is not an index of a list of 1"),

@@ -127,7 +127,7 @@ def test_feature_loss_brings_the_purified_features_to_the_clean_ones(denoised, t
         (["consistency.weight=10"], "set consistency.num_draws to 2 or more"),
         (["consistency.num_draws=2", "images=original"], "consistency.num_draws 2 are draws of the noise"),
         (["feature_loss.weight=1"], "feature_loss.weight 1.0 is for a purifier before a frozen classifier"),
-        (["feature_loss.weight=-1"], "feature_loss.weight' must be at least 0, got -1"),
+        (["feature_loss.weight=-1"], "feature_loss.weight' must be at least 0 and at most 1000000, got -1"),
     ],
 )
 def test_bad_input_is_one_line(overrides, message, denoised, tmp_path):

@@ -1,0 +1,126 @@
+"""What callers from Python get wrong: arguments of models, pipelines, attacks and certificates, named in the error."""
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
+from transformers import pipeline
+
+from modeling_nim import NIMPurifiedImageClassification
+from modeling_nim.robustness import as_target, attack, certify, evaluate
+
+
+IMAGES_01, LABELS = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 2, 3])
+PIXELS = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+NAN = torch.full((3,), torch.nan)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (
+            {"pixel_values": PIXELS.long()},
+            r"pixel_values must be normalized images \(B, 3, H, W\) of floats, got .*int64",
+        ),
+        ({"pixel_values": PIXELS.byte()}, "pixel_values must be normalized images .*uint8"),
+        ({"pixel_values": PIXELS[:, :1]}, r"pixel_values .* got \(3, 1, 16, 16\)"),
+        ({"pixel_values": PIXELS[:, :, :8, :8]}, "the images are 8x8, the model takes 16x16"),
+        ({"sigma": NAN}, "sigma must be >= 0, got nan"),
+        ({"sigma": torch.tensor([1.0, -2.0, 3.0])}, "sigma must be >= 0, got -2"),
+        ({"sigma": torch.tensor([1.0, 2.0])}, r"sigma has shape \(2,\) for 3 images"),
+        ({"epsilon": PIXELS[:1]}, r"epsilon has shape \(1, 3, 16, 16\), the images"),
+        ({"generator": [torch.Generator()]}, "got 1 generators for 3 images"),
+        ({"num_votes": 10**9}, "num_votes must be at least 1 and at most 100000, got 1000000000"),
+        ({"num_votes": 2.5}, "num_votes must be a whole number, got 2.5"),
+        ({"labels": LABELS.float()}, "labels must be class indices"),
+    ],
+)
+def test_arguments_of_a_model(arguments, words, purifier, classifier):
+    model = NIMPurifiedImageClassification.from_parts(purifier, classifier).eval()
+    with pytest.raises(ValueError, match=words):
+        model(**{"pixel_values": PIXELS} | arguments)
+
+
+HALVES = [0.5] * 3
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"classifier_image_size": -3}, "classifier_image_size must be at least 1, got -3"),
+        ({"classifier_image_mean": [0.5], "classifier_image_std": HALVES}, "one number for each channel"),
+        ({"classifier_image_mean": HALVES, "classifier_image_std": [0.0, 1.0, 1.0]}, "deviations above 0"),
+        ({"classifier_image_mean": [float("nan")] * 3, "classifier_image_std": HALVES}, "one number for each channel"),
+        ({"image_size": 3}, "image_size 3 is below the purifier's 16"),
+        ({"image_size": "16"}, "image_size"),
+        ({"num_votes": 2.5}, "num_votes"),
+        ({"sigma": "thirty"}, "sigma 'thirty' is not understood"),
+    ],
+)
+def test_settings_of_a_composed_model(settings, words, purifier, classifier):
+    with pytest.raises((ValueError, StrictDataclassError), match=words):
+        NIMPurifiedImageClassification.from_parts(purifier, classifier, **settings)
+
+
+def test_what_the_pipeline_cannot_read_is_named_as_in_training(purifier, classifier, tmp_path):
+    NIMPurifiedImageClassification.from_parts(purifier, classifier).save_pretrained(tmp_path / "model")
+    pipe = pipeline("image-classification", model=str(tmp_path / "model"))
+    bad = {
+        "empty": b"",
+        "text": b"hello",
+        "cut": (tmp_path / "model" / "model.safetensors").read_bytes()[:100],
+        "bomb": b"P6 30000 30000 255\n" + bytes(100),
+    }
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"cannot read image '.*{name}': (not an image|DecompressionBombError)"):
+            pipe(str(tmp_path / name))
+    with pytest.raises(ValueError, match=r"must be \(H, W, 3\) or \(3, H, W\), got \(1, 32, 32, 3\)"):
+        pipe(np.zeros((1, 32, 32, 3), np.uint8))
+    with pytest.raises(ValueError, match="seed must be a whole number of at most 64 bits, got 18446744073709551616"):
+        pipe(Image.new("RGB", (32, 32)), seed=2**64)
+
+
+def linear(images_01):
+    return images_01.flatten(1)[:, :10]
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda target: evaluate(target, (IMAGES_01, LABELS), 3), "attacks must be|an attack must be"),
+        (lambda target: evaluate(target, (IMAGES_01, LABELS), [None]), "an attack must be a name, .*got None"),
+        (
+            lambda target: evaluate(target, (IMAGES_01, LABELS), lambda x: x),
+            r"is called with \(oracle, images_01, epsilon",
+        ),
+        (lambda target: evaluate(target, (IMAGES_01, LABELS), lambda o, x, e: 1 / 0), "ended with ZeroDivisionError"),
+        (
+            lambda target: evaluate(target, (IMAGES_01, LABELS), "pgd", epsilon_255="4"),
+            "epsilon_255 must be a number, got '4'",
+        ),
+        (
+            lambda target: evaluate(target, (IMAGES_01, LABELS), "pgd", num_images=2.5),
+            "num_images must be a whole number",
+        ),
+        (lambda target: evaluate(target, (IMAGES_01, LABELS), "pgd", seeds=[-1]), "seeds must be at least 0"),
+        (lambda target: evaluate(target, (IMAGES_01, None), "pgd"), "labels must be class indices, got NoneType"),
+        (
+            lambda target: evaluate(target, (IMAGES_01 * 255, LABELS), "pgd"),
+            r"values in \[.*\]: attacks move in \[0, 1\]",
+        ),
+        (lambda target: evaluate(target, (IMAGES_01, LABELS * 100), "pgd"), "labels holds 300, which is no class"),
+        (
+            lambda target: attack(target, IMAGES_01, LABELS, "pgd", epsilon_255=[4]),
+            r"epsilon_255 must be a number, got \[4\]",
+        ),
+        (lambda target: attack(target, IMAGES_01, LABELS, "pgd", steps=2.5), "steps must be a whole number, got 2.5"),
+        (lambda target: certify(target, (IMAGES_01, LABELS), 0), "sigma_255 .* above 0 and at most 1000, got 0"),
+        (lambda target: certify(target, (IMAGES_01, LABELS), -3), "sigma_255 .* got -3"),
+        (lambda target: certify(target, (IMAGES_01, LABELS), 30, radii="x"), "radii must be a number, got 'x'"),
+    ],
+)
+def test_arguments_of_an_evaluation(call, words):
+    with pytest.raises(ValueError, match=words):
+        call(as_target(linear, num_classes=10))
