@@ -8,6 +8,15 @@ from the stored bytes to the flipped uint8 batch; `ours_normalized` adds on the 
 the device.
 """
 
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from early_help import answer_help
+
+    answer_help(__file__)  # before the imports below, which take seconds
+
 import argparse
 import io
 import time
@@ -64,7 +73,7 @@ class SamplePhotos(ImageSource):
         return f"photo {index}"
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", help="a folder of parquet shards SPLIT-*.parquet with JPEG photos")
     parser.add_argument("--split", default="validation", help="which split of --path (default: %(default)s)")
@@ -74,7 +83,11 @@ def main() -> None:
     parser.add_argument(
         "--output", default="outputs/bench/loader.json", help="where the numbers go (default: %(default)s)"
     )
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = make_parser().parse_args()
 
     torch.set_num_threads(1)
     if arguments.path:

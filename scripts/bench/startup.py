@@ -3,6 +3,15 @@
 python scripts/bench/startup.py [--rounds 9] [--output outputs/bench/startup.json]
 """
 
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from early_help import answer_help
+
+    answer_help(__file__)  # before the imports below, which take seconds
+
 import argparse
 import os
 import resource
@@ -31,11 +40,15 @@ def cpu_seconds(code: str) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9, help="fresh processes for each import (%(default)s)")
     parser.add_argument("--output", default="outputs/bench/startup.json", help="where the numbers go (%(default)s)")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = make_parser().parse_args()
 
     seconds: dict[str, list[float]] = {name: [] for name in IMPORTS}
     for code in IMPORTS.values():

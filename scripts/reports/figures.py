@@ -17,6 +17,15 @@
 Records of several directories are drawn together where they are of one kind.
 """
 
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from early_help import answer_help
+
+    answer_help(__file__)  # before the imports below, which take seconds
+
 import argparse
 import json
 from collections.abc import Sequence
@@ -31,7 +40,7 @@ from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.files import written_whole
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directories", nargs="+", help="output_dir of run_attack.py or run_certify.py")
     parser.add_argument("--output_dir", help="where the pictures go; default: the first directory")
@@ -42,7 +51,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="which sigma of a defense panel and defenses show: the nearest; default 75",
     )
     parser.add_argument("--dpi", type=int, default=140, help="dots per inch; default 140")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = make_parser().parse_args(argv)
     directories = [Path(directory) for directory in arguments.directories]
     output_dir = Path(arguments.output_dir or directories[0])
     for directory in directories:

@@ -54,7 +54,11 @@ def test_help_of_a_recipe_needs_no_imports_and_names_every_key(script, schema):
         assert key.meaning, f"{key.name} has no meaning: write it as a comment on its line"
 
 
-@pytest.mark.parametrize("script", ["export", "push_to_hub", "releases"])
+OPTIONS = ["export", "push_to_hub", "releases"]
+OPTIONS += [f"reports/{name}" for name in ("cards", "collect", "figures", "paper_tables", "readme")]
+
+
+@pytest.mark.parametrize("script", [*OPTIONS, "bench/loader", "bench/startup"])
 def test_help_of_a_script_with_options_needs_no_imports(script):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, f"scripts/{script}.py", "--help"]
@@ -95,3 +99,24 @@ def test_keys_read_from_the_source_are_those_of_the_dataclasses(script, schema, 
             assert read[name] == ("required" if default is ... else "its own defaults"), name
         else:
             assert yaml.safe_load(read[name]) == default, name
+
+
+IMPORTS = """
+from time import process_time
+start = process_time()
+from transformers import ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
+theirs = process_time() - start
+import modeling_nim
+print((process_time() - start) / theirs)
+"""
+
+
+def test_importing_the_package_takes_a_tenth_more_than_what_it_builds_on():
+    """CPU time, so that other work on the machine does not count; the best of three, since caches do."""
+    ratios = []
+    for _ in range(3):
+        run = subprocess.run([sys.executable, "-c", IMPORTS], cwd=ROOT, capture_output=True, text=True, check=True)
+        ratios.append(float(run.stdout))
+        if ratios[-1] <= 1.1:
+            break
+    assert min(ratios) <= 1.1, ratios
