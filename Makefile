@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LAUNCH := $(BIN)/python scripts/launch.py --config_file scripts/launch/cpu.yaml
 DIGITS := scripts/recipes/digits
 
-.PHONY: setup demo test test-transformers lint bench cards space clean
+.PHONY: setup demo test test-transformers test-oldest test-newest lint bench cards space clean
 
 setup: $(VENV)/.installed
 
@@ -35,6 +35,28 @@ test: setup lint
 test-transformers: setup
 	$(BIN)/python -m pytest -c tests/transformers_common/pytest.ini tests/transformers_common
 
+# The ends of the ranges in setup.cfg, each in an environment of its own that has everything else from .venv. The oldest
+# PyTorch is a download of 3 GB; the newest is the one of constraints.txt.
+OLDEST := torch==2.11.0 transformers==5.18.0
+NEWEST := --no-deps transformers==5.24.0
+
+test-oldest: setup
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet $(OLDEST)
+	$(call test_pair,.venv-oldest)
+
+test-newest: setup
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet $(NEWEST)
+	$(call test_pair,.venv-newest)
+
+PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+define test_pair
+	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" > "$$($(1)/bin/python $(PURELIB))/zz_after_its_own.pth"
+	$(1)/bin/python -m pytest -n 2 --dist loadfile tests/models tests/hub/test_hub.py tests/hub/test_releases.py
+	$(1)/bin/python -m pytest -c tests/transformers_common/pytest.ini tests/transformers_common
+endef
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,4 +83,4 @@ space: setup
 	$(BIN)/python space/app.py
 
 clean:
-	rm -rf $(VENV) outputs build *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest outputs build *.egg-info

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 import transformers
@@ -33,8 +34,8 @@ from modeling_nim import (
 
 
 ROOT = Path(__file__).parents[2]
-# Where the libraries of this process are; another version of transformers may stand before the others.
-SITE_PACKAGES = os.pathsep.join(str(Path(library.__file__).parents[1]) for library in (transformers, torch))
+# Where the libraries of this process are; other versions of transformers and PyTorch may stand before the others.
+SITE_PACKAGES = os.pathsep.join(str(Path(library.__file__).parents[1]) for library in (transformers, torch, PIL))
 ENCODER = {
     "image_size": 16,
     "patch_size": 4,
