@@ -5,6 +5,9 @@ import json
 import os
 import re
 import shutil
+import subprocess
+from contextlib import suppress
+from functools import partial
 
 import pytest
 import torch
@@ -83,6 +86,61 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_it_goes_on_when_there
         assert list_checkpoints(checkpoints) == kept and not list(checkpoints.glob("*incomplete*"))
     run("run_pretrain", PRETRAIN, tmp_path / "run", num_processes=num_processes)
     assert last_step(tmp_path / "run") == 12 and losses(tmp_path / "run") == losses(tmp_path / "unbroken")
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A small file system of its own, where it may be mounted."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("no permission to mount a small disk")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def fill(path):
+    with suppress(OSError), open(path, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+def exceed_quota():
+    """As a network disk says it: when the data are brought there."""
+
+    def refuse(_):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    os.fsync = refuse
+
+
+def go_on_after(trouble, repair, reason, output_dir):
+    """A run that meets `trouble` after its fourth step says so, loses nothing, and goes on after `repair`."""
+    run("run_pretrain", PRETRAIN, output_dir.with_name("unbroken"))
+    printed = run("run_pretrain", PRETRAIN, output_dir, exit_code=2, interruption=("step", 4, trouble))
+    (line,) = [line for line in printed.splitlines() if "error" in line.lower()]
+    assert re.match(rf"error: cannot write '{output_dir}/\S+' \(.*{reason}.*\); what was there before is intact", line)
+    assert "Traceback" not in printed
+    (kept,) = list_checkpoints(output_dir / "checkpoints")
+    assert kept[0] == 3 and not list(output_dir.rglob("*incomplete*"))
+    repair()
+    printed = run("run_pretrain", PRETRAIN, output_dir)
+    assert "damaged" not in printed and last_step(output_dir) == 12
+    assert losses(output_dir) == losses(output_dir.with_name("unbroken"))
+
+
+def test_a_full_disk_is_named_and_the_run_goes_on_with_room(disk):
+    go_on_after(partial(fill, disk / "other"), (disk / "other").unlink, "No space left on device", disk / "run")
+
+
+def test_a_directory_that_becomes_read_only_is_named_and_the_run_goes_on_when_it_may_write(tmp_path):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    lock, unlock = partial(os.chmod, checkpoints, 0o500), partial(os.chmod, checkpoints, 0o700)
+    go_on_after(lock, unlock, "Permission denied", tmp_path / "run")
+
+
+def test_a_quota_that_is_used_up_is_named_and_the_run_goes_on_without_it(tmp_path):
+    go_on_after(exceed_quota, lambda: None, "Disk quota exceeded", tmp_path / "run")
 
 
 def test_a_model_without_room_is_absent_and_comes_with_room(tmp_path):
