@@ -8,7 +8,7 @@
 what does not depend on one another at the same time, leaves out what is there already, and collects the results; a step
 that was broken off resumes. `results/DATASET/RESULT.json` are the summaries of what was run, `records/RESULT.jsonl.gz`
 beside them the records, a line per image, that they were made of. The paper's numbers are ImageNet's, whatever ours are
-of.
+of. Below them stand the rows of `results/published.yaml`, which are others'.
 """
 
 if __name__ == "__main__":
@@ -27,6 +27,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.files import write_text
 from recipes.studies import STUDIES, Row, Step, Study, Table
@@ -35,6 +37,7 @@ from reports.tables import find_rows, markdown_table, percent
 
 
 ROOT = Path(__file__).resolve().parents[2]
+PUBLISHED = ROOT / "results" / "published.yaml"
 ACCURACY_DECIMALS = 2  # as the paper
 # What a script leaves when it is done, and the records that this was made of.
 MADE = {
@@ -120,9 +123,38 @@ def table_text(study: Study, table: Table, results: Path) -> str:
     return text
 
 
+def published_text(study: str, published: dict[str, list[dict]]) -> str:
+    """What others report on the data of a study, with protocol and source; empty where there is nothing."""
+    text = ""
+    attacked = [row for row in published["attacked"] if row["study"] == study]
+    if attacked:
+        lines = [
+            [row["system"], row["protocol"], f"{row['clean']:.2f}", f"{row['robust']:.2f}", row["source"]]
+            for row in attacked
+        ]
+        header = ["system", "protocol", "Clean theirs", "Attacked theirs", "source"]
+        text += f"\n### Published by others: under attack\n\n{markdown_table(header, lines, rule=' --- ')}\n"
+    certified = [row for row in published["certified"] if row["study"] == study]
+    if certified:
+        radii = sorted({radius for row in certified for radius in row["radii"]})
+        lines = [
+            [
+                row["system"],
+                row["protocol"],
+                *(f"{row['radii'][radius]:.1f}" if radius in row["radii"] else "–" for radius in radii),
+                row["source"],
+            ]
+            for row in certified
+        ]
+        header = ["system", "protocol", *(f"L2 {radius:g} theirs" for radius in radii), "source"]
+        text += f"\n### Published by others: certified\n\n{markdown_table(header, lines, rule=' --- ')}\n"
+    return text
+
+
 def report(study: Study, results: Path) -> str:
-    """All tables, then the commands for what is missing."""
+    """All tables, others' numbers, then the commands for what is missing."""
     text = "\n".join(table_text(study, table, results) for table in study.tables if table.columns)
+    text += published_text(study.key.removesuffix("_full"), yaml.safe_load(PUBLISHED.read_text(encoding="utf-8")))
     missing = missing_rows(study, results)
     if not missing:
         return text

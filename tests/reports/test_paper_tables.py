@@ -49,10 +49,12 @@ def test_every_row_of_the_paper_is_there():
     tables = STUDIES["imagenet"]().tables
     sizes = {table.title.partition(":")[0]: len(table.rows) for table in tables}
     # the paper's tables, and three rows of its other version, whose numbers are not in the text
-    assert sizes == {"Table 1": 10, "Table 2": 10, "Table 3": 7, "Table 4": 12, "NeurIPS protocol": 3}
+    # the paper's rows and those of noise and masks together
+    assert sizes == {"Table 1": 10 + 3, "Table 2": 10, "Table 3": 7, "Table 4": 12, "NeurIPS protocol": 3}
     for table in tables:
         for row in table.rows:
-            assert set(row.paper) == (set() if "NeurIPS" in table.title else set(table.columns))
+            ours = "NeurIPS" in table.title or row.result == "nim_mae_masked"
+            assert set(row.paper) == (set() if ours else set(table.columns))
             assert all(0 < number < 100 for number in row.paper.values())
 
 
@@ -216,6 +218,9 @@ def test_another_data_set_stands_beside_the_papers_numbers_under_its_own_titles(
 def test_a_full_size_differs_from_its_base_in_recipes_and_budget_alone(monkeypatch):
     monkeypatch.chdir(ROOT)
     small, full = rows_of("cifar10"), rows_of("cifar10_full")
+    only_full = [row for _, row in full if row.result == "nim_mae_masked"]
+    assert [row.model for row in only_full] == ["undefended", "defended", "without masks"]
+    full = [(table, row) for table, row in full if row not in only_full]
     assert [(t.title, r.labels, r.result) for t, r in small] == [(t.title, r.labels, r.result) for t, r in full]
     epochs = {(s.script, load_step(s).optimization.epochs) for s in steps_of("cifar10_full") if "train" in s.output_dir}
     epochs |= {(s.script, load_step(s).optimization.epochs) for s in steps_of("cifar10_full") if "tune" in s.output_dir}
@@ -311,3 +316,54 @@ def test_make_names_what_failed_and_goes_on_from_there(tiny_world, monkeypatch, 
 def test_an_unknown_study_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"no tables for --dataset 'mnist'.*imagenet"):
         paper_tables.main(["--dataset", "mnist"])
+
+
+@pytest.mark.parametrize(("study", "rows"), [("imagenet", 2), ("cifar10", 3), ("cifar10_full", 3)])
+def test_published_rows_are_marked_as_theirs_with_protocol_and_source(study, rows, capsys):
+    paper_tables.main(["--dataset", study])
+    section = capsys.readouterr().out.partition("### Published by others: under attack")[2].partition("###")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| MIMIR")]
+    assert "Attacked theirs" in section and len(lines) == rows
+    assert all("/255 |" in line and "arXiv 2312.04960" in line for line in lines)
+
+
+def test_certificates_of_others_stand_by_radius():
+    published = {
+        "attacked": [],
+        "certified": [
+            {"study": "s", "system": "A", "protocol": "p", "radii": {0.25: 60.5}, "source": "q"},
+            {"study": "s", "system": "B", "protocol": "p", "radii": {0.0: 70, 0.25: 50}, "source": "q"},
+            {"study": "t", "system": "C", "protocol": "p", "radii": {1.0: 10}, "source": "q"},
+        ],
+    }
+    lines = paper_tables.published_text("s", published).splitlines()
+    assert "| system | protocol | L2 0 theirs | L2 0.25 theirs | source |" in lines
+    assert "| A | p | – | 60.5 | q |" in lines and "| B | p | 70.0 | 50.0 | q |" in lines
+    assert paper_tables.published_text("u", published) == ""
+
+
+HARDENED = [f"scripts/recipes/{folder}/finetune_hardened.yaml" for folder in ("cifar10", "imagenet")]
+
+
+@pytest.mark.parametrize("file", HARDENED)
+def test_every_variant_of_hardening_is_one_line_of_overrides(file, monkeypatch):
+    """The paragraphs "# NAME:" with their "#   key=value ..." above a recipe, read by the script that runs them."""
+    monkeypatch.chdir(ROOT)
+    schema = reference.load_script("run_finetune").FinetuneRecipe
+    comment = (ROOT / file).read_text().partition("seed:")[0]
+    variants = dict(re.findall(r"^# ([^:\n]+):\n((?:#   (?:\S+=\S+ ?)+\n)+)", comment, flags=re.MULTILINE))
+    found = {
+        name: parse_command_line("", schema, [file, *lines.replace("#", "").split()])
+        for name, lines in variants.items()
+    }
+    assert {
+        name: (r.images, r.adversary.attack, r.adversary.trains, r.consistency.num_draws) for name, r in found.items()
+    } == {
+        "The classifier alone": ("denoised", "fgsm", "classifier", 1),
+        "The purifier alone": ("denoised", "fgsm", "purifier", 1),
+        "The control, as long without an attack": ("denoised", "none", "both", 1),
+        "Adversarial training without a purifier": ("original", "fgsm", "classifier", 1),
+        "Draws that agree, for certificates": ("denoised", "none", "classifier", 2),
+        "Noisy images that nobody denoises, for certificates without a purifier": ("noisy", "none", "classifier", 2),
+    }
+    assert len({recipe.output_dir for recipe in found.values()}) == len(found)
