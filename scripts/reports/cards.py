@@ -126,7 +126,9 @@ def render_card(name: str, facts: CardFacts, config: PreTrainedConfig, root: Pat
             repository=name if "/" in name else f"model_cards/{name}",
             recipe_files=[shlex.split(line)[0] for line in facts.recipes.values()],
             stages={title: _stage_settings(root, line) for title, line in facts.recipes.items()},
-            commands=[f"accelerate launch scripts/{_script(root, line)}.py {line}" for line in facts.recipes.values()],
+            commands=[
+                f"python scripts/launch.py scripts/{_script(root, line)}.py {line}" for line in facts.recipes.values()
+            ],
             rows=rows,
             own=own,
             summaries=summaries,

@@ -53,7 +53,7 @@ def command_of(step: Step) -> str:
     words = " ".join(map(shlex.quote, step.arguments))
     if step.script == "convert_checkpoint.py":
         return f"python scripts/{step.script} {words} --output_dir {shlex.quote(step.output_dir)}"
-    return f"accelerate launch scripts/{step.script} {words}"
+    return f"python scripts/launch.py scripts/{step.script} {words}"
 
 
 def target_of(step: Step) -> str:

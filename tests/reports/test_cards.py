@@ -164,7 +164,7 @@ def test_training_and_commands_come_from_the_recipe(purified_card, world):
     assert "| optimization.steps | `660` |" in purified_card
     assert "| seed | `7` |" in purified_card
     assert "output_dir" not in purified_card
-    assert f"accelerate launch scripts/run_finetune.py {world / 'finetune' / 'recipe.yaml'}" in purified_card
+    assert f"python scripts/launch.py scripts/run_finetune.py {world / 'finetune' / 'recipe.yaml'}" in purified_card
 
 
 def test_parameters_are_counted(purified_card, world):

@@ -267,11 +267,11 @@ row = {"model": "m", "sigma": None, "attack": "none", "accuracy": 50.0, "ci95": 
     (tmp_path / "scripts").mkdir()
     for name in ("run_pretrain.py", "run_attack.py"):
         (tmp_path / "scripts" / name).write_text(script)
-    # collecting is this test's own call; `accelerate launch` is Python
+    # collecting is this test's own call; what launch.py would launch runs alone
     (tmp_path / "bin").mkdir()
-    for name, line in (("accelerate", f'shift; exec {sys.executable} "$@"'), ("python", "exit 0")):
-        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
+    python = tmp_path / "bin" / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1" = scripts/launch.py ] || exit 0\nshift; exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -131,8 +131,6 @@ def test_records_summary_and_figures(recipe, tmp_path, capsys):
     assert provenance["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert provenance["device"] == "cpu" and provenance["seeds"] == [0, 1]
     assert provenance["records_sha256"] == hashlib.sha256((tmp_path / "out/records.jsonl").read_bytes()).hexdigest()
-    undecided = [c for c in summary["comparisons"] if c["p_value"] >= 0.05 and len(set(c["accuracy_majority"])) > 1]
-    assert ("too_few_images" in {alarm["alarm"] for alarm in summary["alarms"]}) == bool(undecided)
 
     reference.load_script("reports/figures").main([str(tmp_path / "out")])
     for name in ("panel", "degradations", "models", "sigma_curve", "reconstruction"):

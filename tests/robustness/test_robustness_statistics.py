@@ -234,22 +234,33 @@ def test_alarms_on_what_records_hold():
     assert "step_not_smaller_than_epsilon" in alarms(summarize(records, large, models, {}).to_json())
 
 
-def test_too_few_images_to_rank_two_models():
-    records, summary, settings, models = run(
-        [QuietTarget(), NoisyTarget()], [AttackRecipe("pgd", steps=3)], images(30), torch.arange(30) % 4, [1.0]
-    )
-    for comparison in summary["comparisons"]:
-        decisions = {}
-        for name in ("quiet", "noisy"):
-            chosen = [r for r in records if (r.model, r.name) == (name, comparison["name"])]
-            decisions[name] = [majority_is_right(r.predictions, r.label) for r in chosen]
-        assert comparison["p_value"] == pytest.approx(paired_p_value(*decisions.values()))
-        differ = comparison["accuracy_majority"][0] != comparison["accuracy_majority"][1]
-        rings = any(
-            a["alarm"] == "too_few_images" and a["where"].startswith(comparison["name"]) for a in summary["alarms"]
+@pytest.mark.parametrize(
+    "right, p_value, rings",
+    [  # of 30 images, how many both models have right, the first alone, the second alone
+        ((10, 4, 2), 0.6875, True),  # 46.7 and 40.0%: two more of six images, as a coin does
+        ((10, 8, 0), 2 / 2**8, False),  # all eight images that differ speak for the first
+        ((10, 4, 4), 1.0, False),  # equal: nothing to rank
+        ((10, 6, 0), 2 / 2**6, False),  # 0.03
+        ((10, 5, 0), 2 / 2**5, True),  # 0.06
+    ],
+)
+def test_too_few_images_to_rank_two_models(right, p_value, rings):
+    both, first, second = right
+    records = [
+        Record(name, None, "none", "none", "clean", 0.0, 0, f"image/{index}", 1, [int(hit)], [int(hit)])
+        for name, hits in (
+            ("a", [index < both + first for index in range(30)]),
+            ("b", [index < both or both + first <= index < both + first + second for index in range(30)]),
         )
-        assert rings == (differ and comparison["p_value"] >= 0.05)
-    assert {comparison["name"] for comparison in summary["comparisons"]} == {"none", "pgd-3"}
+        for index, hit in enumerate(hits)
+    ]
+    summary = summarize(records, {}, {}, {}).to_json()
+    (comparison,) = summary["comparisons"]
+    assert comparison["p_value"] == pytest.approx(p_value, abs=1e-4)
+    messages = [alarm["message"] for alarm in summary["alarms"] if alarm["alarm"] == "too_few_images"]
+    assert len(messages) == rings
+    if rings:
+        assert f"a ({100 * (both + first) / 30:.1f}) and b ({100 * (both + second) / 30:.1f};" in messages[0]
 
 
 def test_majority_of_draws():
