@@ -267,7 +267,8 @@ def test_the_cards_in_this_repository_are_as_their_records_make_them(make_cards,
 
 
 CARDS = {path.parent: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "model_cards").glob("*/card.yaml"))}
-RELEASED = [folder for folder, card in CARDS.items() if card.get("summaries")]  # a purifier alone has none
+RESTORING = [folder for folder, card in CARDS.items() if card.get("restorations")]  # purifiers alone
+RELEASED = [folder for folder, card in CARDS.items() if card.get("summaries") and folder not in RESTORING]
 
 
 @pytest.mark.parametrize("folder", RELEASED, ids=lambda folder: folder.name)
@@ -281,6 +282,13 @@ def test_released_weights_are_those_that_the_numbers_belong_to(folder):
     assert measured == {model_hash(AutoModelForImageClassification.from_pretrained(folder))}
     image = Image.effect_noise((40, 30), 60)
     assert len(pipeline("image-classification", str(folder))(image)) == 5
+
+
+@pytest.mark.parametrize("folder", RESTORING, ids=lambda folder: folder.name)
+def test_released_purifiers_are_those_that_the_numbers_belong_to(folder):
+    results = [json.loads((ROOT / path).read_text()) for path in CARDS[folder]["restorations"]]
+    measured = {result["provenance"]["models"][folder.name]["hash"] for result in results}
+    assert measured == {model_hash(NIMForPreTraining.from_pretrained(folder))}
 
 
 # The first test images of CIFAR-10, ten in a row, and their labels.
