@@ -123,7 +123,11 @@ def pgd(
 
 
 def pgd_weighted(oracle: Oracle, images_01: torch.Tensor, epsilon: float, **settings: Any) -> torch.Tensor:
-    """PGD that climbs on the draws that are about to fail, where the plain mean listens to all draws alike."""
+    """PGD that climbs on the draws that are about to fail, where the plain mean listens to all draws alike.
+
+    On 100 digits it took no more than the plain mean at equal cost: 20 steps of 10 draws at 8 and 16/255 left a
+    hardened model 91.4 and 76.7 (`pgd`: 91.4 and 76.8), an unhardened one 69.9 and 25.4 (70.3 and 25.3).
+    """
     return pgd(oracle, images_01, epsilon, weigh=closeness_to_failing, **settings)
 
 
