@@ -69,15 +69,18 @@ def run_torchattacks(
     oracle: Oracle, images_01: torch.Tensor, epsilon: float, attack_class: type, arguments: dict[str, Any]
 ) -> torch.Tensor:
     """The class on the oracle's model; epsilon is among its `arguments`, whose names are torchattacks'."""
-    model = _TensorModel(oracle, images_01.device)
+    model = TensorModel(oracle, images_01.device)
     with isolated_global_rng(stream_seed(oracle.seed, oracle.image_ids[0], ATTACK)):
         adversarial = attack_class(model, **arguments)(images_01, oracle.labels)
     oracle.queries += model.calls  # of the batch: the most that any of its images was asked
     return adversarial.detach()
 
 
-class _TensorModel(nn.Module):
-    """A target as torchattacks wants it: [0, 1] images in, a tensor of logits out; fresh noise in each call."""
+class TensorModel(nn.Module):
+    """A target as the libraries of others want it: [0, 1] images in, a tensor of logits out; fresh noise in each call.
+
+    `calls` counts its passes, each of which is one query of every image in it.
+    """
 
     def __init__(self, oracle: Oracle, device: torch.device):
         super().__init__()
