@@ -79,7 +79,7 @@ class RecordFile:
         run_file = self.directory / "run.json"
         settings = self.settings
         if run_file.exists():
-            stored = json.loads(run_file.read_text())
+            stored = self._stored_settings(run_file)
             different = sorted(key for key in settings | stored if settings.get(key) != stored.get(key))
             if different:
                 raise ValueError(
@@ -98,9 +98,19 @@ class RecordFile:
         done, kept = self._complete(lines)
         write_bytes(self.path, b"".join(lines[:kept]))
         if self.clock_path.exists():
-            clock = self.clock_path.read_bytes().splitlines(keepends=True)
-            write_bytes(self.clock_path, b"".join(line for line in clock[:done] if line.endswith(b"\n")))
+            write_bytes(
+                self.clock_path, b"".join(_readable(self.clock_path.read_bytes().splitlines(keepends=True)[:done]))
+            )
         return done
+
+    def _stored_settings(self, run_file: Path) -> dict[str, Any]:
+        try:
+            return dict(json.loads(run_file.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{run_file} is broken ({error}), so nobody knows what the records beside it were made with: choose "
+                "another output_dir, or delete it to start again"
+            ) from None
 
     def _complete(self, lines: Sequence[bytes]) -> tuple[int, int]:
         """How many units and how many lines are complete; ValueError names the first line that does not fit."""
@@ -186,6 +196,19 @@ class RecordFile:
         for line in read_jsonl(self.clock_path) if self.clock_path.exists() else []:
             seconds[line["job"]] += line["seconds"]
         return seconds
+
+
+def _readable(clock: Sequence[bytes]) -> Iterator[bytes]:
+    """The lines of a clock up to the first that is none: seconds inform, they are not worth a stop."""
+    for line in clock:
+        try:
+            entry = json.loads(line)
+            readable = entry["job"] >= 0 and entry["seconds"] >= 0 and line.endswith(b"\n")
+        except (ValueError, TypeError, KeyError):
+            readable = False
+        if not readable:
+            return
+        yield line
 
 
 def run_settings(recipe: Any, device: torch.device, **parts: Any) -> dict[str, Any]:

@@ -5,8 +5,10 @@ number on 0..255, or a text where the defense has no such number ("uniform(0, 30
 """
 
 import dataclasses
+import gzip
 import json
 import os
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +85,8 @@ class Record(_Jsonable):
     def from_json(cls, line: dict[str, Any]) -> "Record":
         """Of a line of `records.jsonl`; lines from before `name` was written have the label under `attack`."""
         values = line if "name" in line else line | {"name": line["attack"], "attack": _kind_of(line["attack"])}
+        if not values["predictions"]:
+            raise ValueError("it has no prediction")
         return cls(**(values | {"sigma": sigma_value(values["sigma"])}))
 
 
@@ -154,18 +158,18 @@ def _kind_of(label: str) -> str:
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a JSON-lines file; errors name the file, the line and the remedy."""
+    """The lines of a JSON-lines file, compressed or not; errors name the file, the line and the remedy."""
     if not os.path.exists(path):
         raise FileNotFoundError(
             f"there are no records {str(path)!r}; make them with scripts/run_attack.py or run_certify.py"
         )
-    lines = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
+    opened, lines = gzip.open if str(path).endswith(".gz") else open, []
+    try:
+        with opened(path, "rt", encoding="utf-8") as file:
+            for line in file:
                 lines.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is broken ({error}): make the records again") from None
+    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:  # not UTF-8, no JSON, cut off
+        raise ValueError(f"{path}, line {len(lines) + 1} is broken ({error}): make the records again") from None
     return lines
 
 
