@@ -25,6 +25,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from modeling_nim.data import load_source
+from modeling_nim.robustness.alarms import print_alarms
 from modeling_nim.robustness.checks import stated_accuracy
 from modeling_nim.robustness.images import SourceImages
 from modeling_nim.robustness.loading import load_purifier, load_targets, model_hash
@@ -89,11 +90,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator.wait_for_everyone()
     records.close()
     accelerator.end_training()
-
-
-def print_alarms(accelerator: Accelerator, alarms: Sequence[dict[str, str]]) -> None:
-    for alarm in alarms:
-        accelerator.print(f"ALARM {alarm['alarm']} [{alarm['where']}]: {alarm['message']}")
 
 
 if __name__ == "__main__":

@@ -23,9 +23,11 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from modeling_nim.data import load_source
+from modeling_nim.robustness.alarms import print_alarms
 from modeling_nim.robustness.certification import CertificationRun, CertifyRecipe
+from modeling_nim.robustness.checks import stated_accuracy
 from modeling_nim.robustness.images import SourceImages
-from modeling_nim.robustness.loading import load_targets
+from modeling_nim.robustness.loading import load_targets, model_hash
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.recipe import parse_command_line
 
@@ -36,9 +38,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     source = load_source(recipe.data, recipe.split)
     targets, processors = load_targets(recipe.models, accelerator.device)
-    run = CertificationRun(targets, SourceImages(source, processors, accelerator.device), recipe)
+    paths = {model.name: model.path for model in recipe.models}
+    stated = [stated_accuracy(paths[target.name], target, model_hash(target.weights)) for target in targets]
+    run = CertificationRun(targets, SourceImages(source, processors, accelerator.device), recipe, stated)
     here = run.num_images * run.seconds_per_image / accelerator.num_processes
     accelerator.print(f"expected: {1000 * run.seconds_per_image:.0f} s per 1,000 images, {here:.0f} s here")
+    print_alarms(accelerator, run.warnings)
 
     certificates = run.open(accelerator)
     progress = tqdm(

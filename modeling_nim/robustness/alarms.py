@@ -5,6 +5,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from accelerate import Accelerator
+
 from .records import Record, model_key
 from .scores import interval, length, norm_of, percent, scores
 
@@ -15,6 +17,12 @@ Groups = dict[tuple, list[Record]]  # by Record.group
 
 def _alarm(alarm: str, where: str, message: str) -> Alarm:
     return {"alarm": alarm, "where": where, "message": message}
+
+
+def print_alarms(accelerator: Accelerator, alarms: Sequence[Alarm]) -> None:
+    """A line each, from the main process alone."""
+    for alarm in alarms:
+        accelerator.print(f"ALARM {alarm['alarm']} [{alarm['where']}]: {alarm['message']}")
 
 
 def of_models(models: dict[str, dict[str, Any]]) -> list[Alarm]:
@@ -35,6 +43,11 @@ def of_models(models: dict[str, dict[str, Any]]) -> list[Alarm]:
             )
             alarms.append(
                 _alarm("depends_on_the_last_bit", name, message + " the gradient; an attacker can shop for draws")
+            )
+        if not model.get("independent", True):
+            message = "the answer to an image depends on the others in its batch: results change with batch_size"
+            alarms.append(
+                _alarm("depends_on_the_batch", name, message + "; one draw for all, or statistics of the batch?")
             )
     return alarms
 
@@ -88,6 +101,9 @@ def _of_attack(where: str, group: tuple, members: list[Record], control: list[Re
     if zero > 0:
         message = f"{100 * zero:.1f}% of the attacks met a gradient of exactly zero: the model hides its gradients"
         alarms.append(_alarm("zero_gradients", where, message + ", and a high accuracy says little"))
+    if not all(math.isfinite(record.loss) for record in members):
+        message = "the model answers with NaN or infinity under this attack: what counts as right there means nothing"
+        alarms.append(_alarm("answers_not_finite", where, message))
     alpha = settings.get("alpha_255")
     if alpha is not None and settings.get("steps", 1) > 1 and epsilon > 0 and alpha >= epsilon:
         message = f"the step {alpha:g}/255 is not smaller than epsilon: iterates jump between corners"
@@ -100,7 +116,7 @@ def _of_attack(where: str, group: tuple, members: list[Record], control: list[Re
     clean = percent(scores(members, "clean_predictions")["mean"])
     if (
         threat.startswith("white_box")
-        and epsilon >= NOT_SMALL_255[norm]
+        and _is_not_small(members, epsilon, norm)
         and _takes_nothing(members, control, clean, accuracy)
     ):
         message = f"{clean:.1f}% without the attack, {accuracy:.1f}% under it: at this budget the attack should take "
@@ -111,6 +127,13 @@ def _of_attack(where: str, group: tuple, members: list[Record], control: list[Re
 
 # From here on an attack with full knowledge that takes nothing from a model deserves no trust.
 NOT_SMALL_255 = {"linf": 4.0, "l2": 128.0}
+# Photographs have so many pixels that 2/255 in each of them is far in L2, and enough to ruin a plain model.
+NOT_SMALL_L2_OF_LINF_255 = 512.0
+
+
+def _is_not_small(members: list[Record], epsilon_255: float, norm: str) -> bool:
+    mean_l2_255 = sum(record.l2_255 for record in members) / len(members)
+    return epsilon_255 >= NOT_SMALL_255[norm] or (norm == "linf" and mean_l2_255 >= NOT_SMALL_L2_OF_LINF_255)
 
 
 def _takes_nothing(members: list[Record], control: list[Record], clean: float, accuracy: float) -> bool:

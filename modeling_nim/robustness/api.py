@@ -1,9 +1,12 @@
 """The evaluation from Python: `attack`, `evaluate` and `certify` anything that makes logits of [0, 1] images."""
 
+import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from numbers import Real
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -18,14 +21,17 @@ from ..data import ImageSource
 from ..image_processing import image_processor_for
 from ..modeling_nim_purified import NIMPurifiedImageClassification
 from ..noise_nim import denormalize, normalize
+from .alarms import Alarm
 from .certification import CertificationRun, CertifyRecipe
+from .checks import check_processor, stated_accuracy
 from .evaluation import attack_images
 from .images import RowsSource, SourceImages, TensorImages
 from .jobs import Job
-from .loading import project_patches_by_matrix_product
+from .loading import model_hash, project_patches_by_matrix_product
 from .protocols import resolve
 from .recipes import AttackRecipe, AttackRunRecipe, EvaluatedModelRecipe
-from .run import AttackRun
+from .records import model_key
+from .run import AttackRun, look_at_target
 from .summary import Summary
 from .targets import ClassifierTarget, FunctionTarget, PurifiedTarget, SmoothedTarget, Target
 
@@ -82,19 +88,18 @@ def as_target(
         given = {"classifier_image_mean": image_mean, "classifier_image_std": image_std}
         model, purifier = NIMPurifiedImageClassification.from_parts(purifier, model, **given), None
     if isinstance(model, PreTrainedModel):
+        _check_own_processor(name, model)
         project_patches_by_matrix_product(model)
     if isinstance(model, NIMPurifiedImageClassification) and purifier is None:
         return PurifiedTarget(name, model, sigma, num_votes)
     if hasattr(purifier, "purify"):
-        purifier = _purify_01(purifier, sigma)
+        purifier = _Purifier01(purifier, sigma)
     if isinstance(model, PreTrainedModel):
         mean, std = _normalization(model, image_mean, image_std)
         plain = ClassifierTarget(name, model, mean, std)
         if purifier is None:
             return plain
-        return FunctionTarget(
-            name, lambda images_01: plain.logits(images_01, {}), purifier, is_random, plain.num_classes
-        )
+        return FunctionTarget(name, plain, purifier, is_random, plain.num_classes)
     if not callable(model):
         raise ValueError(f"model must be a module or a function of [0, 1] images, got {type(model).__name__}")
     return FunctionTarget(name, model, purifier, is_random, num_classes)
@@ -129,12 +134,16 @@ def attack(
 
     Raises ValueError where images, labels, ids or settings cannot be.
     """
+    if not isinstance(epsilon_255, Real):
+        raise ValueError(f"epsilon_255 must be a number, got {epsilon_255!r}; evaluate takes several")
     seen = as_target(model, **(target or {}))
-    images = TensorImages(images_01, labels, image_ids, seen.num_classes)
+    images = TensorImages(images_01, labels, image_ids, seen.num_classes, images_01.device)
     recipe = AttackRecipe(
         attack, threat_models=[threat_model] if threat_model else [], epsilon_255=[epsilon_255], **settings
     )
     job = Job(0, recipe, recipe.threat_models[0], epsilon_255, seed, len(images))
+    if len(images) >= 10:  # fewer may all be wrong
+        _warn(look_at_target(0, seen, images, micro_batch)[1])
     start = time.perf_counter()
     found = attack_images(
         job, [seen], images_01, images.labels.to(images_01.device), images.ids, num_draws, micro_batch
@@ -150,9 +159,9 @@ def evaluate(
     attacks: Sequence[Any] | Any = (),
     *,
     protocol: str | None = None,
-    epsilon_255: Sequence[float] | None = None,
+    epsilon_255: Sequence[float] | float | None = None,
     num_images: int | None = None,
-    seeds: Sequence[int] | None = None,
+    seeds: Sequence[int] | int | None = None,
     num_draws: int | None = None,
     batch_size: int = 64,
     micro_batch: int = 256,
@@ -196,14 +205,17 @@ def evaluate(
             micro_batch=micro_batch,
         )
         plan = resolve(recipe, undefended=[target.name for target in targets if target.sigma is None])
-        run = AttackRun(targets, images, plan, micro_batch)
+        run = AttackRun(targets, images, plan, micro_batch, [_stated(target) for target in targets])
+        _warn(run.warnings)
         records = run.open(recipe, batch_size, accelerator)
         total = sum(job.num_images for job in run.jobs)
-        with tqdm(total=total, unit="image", disable=not progress) as bar:
+        done = sum(unit.num_lines for unit in records.units[: records.done])
+        with tqdm(total=total, initial=done, unit="image", disable=not progress) as bar:
             for _, written in run.rounds(records):
                 bar.update(len(written))
         summary = run.summary(records, accelerator.num_processes)
         records.close()
+    _warn(alarm for alarm in summary.alarms if alarm["alarm"] not in {early["alarm"] for early in run.warnings})
     return summary
 
 
@@ -248,9 +260,11 @@ def certify(
         recipe = CertifyRecipe(
             str(directory), models, seed=seed, micro_batch=micro_batch, radii=_list(radii, "radii"), **keys
         )
-        run = CertificationRun(targets, images, recipe)
+        run = CertificationRun(targets, images, recipe, [_stated(target) for target in targets])
+        _warn(run.warnings)
         certificates = run.open(Accelerator())
-        with tqdm(total=len(certificates.units), unit="image", disable=not progress) as bar:
+        shown = {"total": len(certificates.units), "initial": certificates.done, "unit": "image"}
+        with tqdm(**shown, disable=not progress) as bar:
             for written in run.rounds(certificates):
                 bar.update(len(written))
         rows = run.rows(certificates)
@@ -258,17 +272,33 @@ def certify(
     return rows
 
 
+def _warn(alarms: Iterable[Alarm]) -> None:
+    """What the scripts print, as warnings of Python."""
+    for alarm in alarms:
+        warnings.warn(f"{alarm['alarm']} [{alarm['where']}]: {alarm['message']}", stacklevel=3)
+
+
+def _stated(target: Target) -> dict[str, Any] | None:
+    """What the directory that a model was loaded from states about its accuracy."""
+    path = getattr(getattr(getattr(target, "model", None), "config", None), "name_or_path", "")
+    return stated_accuracy(path, target, model_hash(target.weights)) if os.path.isdir(path) else None
+
+
 def _targets(model: Any) -> list[Target]:
     if isinstance(model, dict):
         return [as_target(one, name=name) for name, one in model.items()]
-    return [as_target(one) for one in (model if isinstance(model, (list, tuple)) else [model])]
+    targets = [as_target(one) for one in (model if isinstance(model, (list, tuple)) else [model])]
+    keys = [model_key(target.name, target.sigma) for target in targets]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"models need different names, got {keys}: pass a dictionary of names to models")
+    return targets
 
 
 def _list(values: Any, name: str) -> list[Any] | None:
     """A list of what an argument holds, one thing or several; None stays None."""
     if values is None:
         return None
-    if isinstance(values, (str, int, float)):
+    if isinstance(values, (str, Real)):
         return [values]
     if not isinstance(values, Iterable):
         raise ValueError(f"{name} must be a list, got {type(values).__name__}")
@@ -294,9 +324,14 @@ def _images(data: Any, targets: Sequence[Target], processor: Any, device: torch.
     if not isinstance(data, (ImageSource, tuple, list, DataLoader)) and hasattr(data, "column_names"):
         data = RowsSource(data)
     if isinstance(data, ImageSource):
+        for target in targets if hasattr(processor, "image_mean") else []:
+            if hasattr(target, "model"):
+                check_processor(target.name, target.model, processor)
         return SourceImages(data, [processor or _processor(target) for target in targets], device)
     if isinstance(data, DataLoader):
         batches = [_batch(batch) for batch in data]
+        if not batches:
+            raise ValueError("the DataLoader gives no batch")
         data = tuple(torch.cat(pieces) for pieces in zip(*batches, strict=True))
     if not isinstance(data, (tuple, list)) or len(data) not in (2, 3):
         raise ValueError(
@@ -308,8 +343,11 @@ def _images(data: Any, targets: Sequence[Target], processor: Any, device: torch.
 
 def _batch(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
     if not isinstance(batch, dict):
-        images_01, labels = batch
-        return images_01, labels
+        if len(batch) != 2:
+            raise ValueError(
+                f"a batch needs images_01 and labels, got {len(batch)} things; ids go beside tensors alone"
+            )
+        return batch[0], batch[1]
     images_01 = next((batch[key] for key in ("images_01", "image", "images", "pixel_values") if key in batch), None)
     labels = next((batch[key] for key in ("labels", "label") if key in batch), None)
     if images_01 is None or labels is None:
@@ -326,6 +364,13 @@ def _processor(target: Target) -> Any:
     raise ValueError(f"{target.name}: who makes [0, 1] images of this data? pass processor=, or tensors")
 
 
+def _check_own_processor(name: str, model: PreTrainedModel) -> None:
+    """ValueError where the processor in the directory that a model was loaded from contradicts its configuration."""
+    path = model.config.name_or_path
+    if os.path.isfile(os.path.join(path or "", "preprocessor_config.json")):
+        check_processor(name, model, AutoImageProcessor.from_pretrained(path, backend="pil"))
+
+
 def _normalization(model: PreTrainedModel, mean: Any, std: Any) -> tuple[Sequence[float], Sequence[float]]:
     mean, std = mean or getattr(model.config, "image_mean", None), std or getattr(model.config, "image_std", None)
     if (mean is None or std is None) and model.config.name_or_path:
@@ -338,13 +383,15 @@ def _normalization(model: PreTrainedModel, mean: Any, std: Any) -> tuple[Sequenc
     return mean, std
 
 
-def _purify_01(purifier: nn.Module, sigma: float | str | None) -> Callable:
+class _Purifier01(nn.Module):
     """A purifier of ours as a function of [0, 1] images and generators."""
-    config = purifier.config
 
-    def purify(images_01: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    def __init__(self, purifier: PreTrainedModel, sigma: float | str | None):
+        super().__init__()
+        self.purifier, self.sigma = purifier, sigma
+
+    def forward(self, images_01: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
+        config = self.purifier.config
         pixel_values = normalize(images_01, config.image_mean, config.image_std)
-        purified = purifier.purify(pixel_values, sigma=sigma, generator=generators)
+        purified = self.purifier.purify(pixel_values, sigma=self.sigma, generator=generators)
         return denormalize(purified, config.image_mean, config.image_std)
-
-    return purify

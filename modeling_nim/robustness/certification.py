@@ -16,14 +16,16 @@ from ..data import DataRecipe
 from ..noise_nim import normalize, parse_sigma
 from ..runs.bounds import Bounds, Count, Seed, check_fields, check_list
 from ..runs.files import write_json
+from .alarms import of_models
 from .checks import inspect_target
 from .cost import measure_speed
 from .draws import CERTIFY, distinct_seeds, stream_seed
 from .images import SourceImages, TensorImages
-from .loading import check_classes, model_hash
+from .loading import check_classes
 from .recipes import EvaluatedModelRecipe
 from .record_file import RecordFile, Unit, plan_units, run_settings
 from .records import Certificate, model_key
+from .run import look_at_target
 from .statistics import accuracy_interval, certified_radius
 from .targets import PurifiedTarget, SmoothedTarget, Target
 
@@ -164,17 +166,30 @@ def certified_rows(certificates: Sequence[Certificate], radii: Sequence[float]) 
 
 
 class CertificationRun:
-    """Targets and images to be certified; making one refuses what cannot be, and writes nothing."""
+    """Targets and images to be certified; making one refuses what cannot be, and writes nothing.
 
-    def __init__(self, targets: Sequence[Target], images: SourceImages | TensorImages, recipe: CertifyRecipe):
+    `warnings` are the alarms that ring before the first certificate.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        images: SourceImages | TensorImages,
+        recipe: CertifyRecipe,
+        stated: Sequence[dict[str, Any] | None] | None = None,
+    ):
         check_classes(targets, images)
         self.targets, self.images, self.recipe = list(targets), images, recipe
         self.num_images = min(len(images), recipe.num_images or len(images))
-        self.sigmas, self.models, self.seconds_per_image = [], {}, 0.0
+        self.sigmas, self.models, self.warnings, self.seconds_per_image = [], {}, [], 0.0
         for index, target in enumerate(self.targets):
             images_01 = images.batch(index, range(min(4, len(images))))[0]
             self.sigmas.append(check_certifiable(target, images_01))
-            self.models[model_key(target.name, target.sigma)] = model_hash(target.weights)
+            key = model_key(target.name, target.sigma)
+            said = None if stated is None else stated[index]
+            known, rings = look_at_target(index, target, images, recipe.micro_batch, said)
+            self.models[key] = known["hash"]
+            self.warnings += of_models({key: known}) + rings
             draws = recipe.num_selection_draws + recipe.num_draws
             self.seconds_per_image += draws * measure_speed(target, images_01, recipe.micro_batch)["full_forward"]
 
@@ -205,5 +220,6 @@ class CertificationRun:
         """Certified accuracy per radius, written to `certified.json` beside them; for the main process alone."""
         rows = certified_rows(certificates.read_here(), self.recipe.radii)
         provenance = certificates.settings | {"records_sha256": certificates.sha256}
-        write_json(certificates.directory / "certified.json", {"rows": rows, "provenance": provenance})
+        found = {"rows": rows, "alarms": self.warnings, "provenance": provenance}
+        write_json(certificates.directory / "certified.json", found)
         return rows

@@ -15,10 +15,15 @@ from .targets import Target
 
 @torch.no_grad()
 def inspect_target(target: Target, images_01: torch.Tensor) -> dict[str, bool]:
-    """Whether equal draws give equal answers (`repeatable`), other draws others (`draws_differ`; None: it has no
-    noise), and whether the answer to equal draws stays where it is when each pixel's last bit changes (`continuous`).
+    """What can be told of a model from its answers to images `(B, C, H, W)` in [0, 1].
 
-    Noise that is made from the image repeats itself, so the last question is the one that finds it.
+    - `repeatable`: equal draws give equal answers.
+    - `draws_differ`, of a random model: other draws give other answers, in another batch and within one.
+    - `continuous`: the answer to equal draws stays where it is when each pixel's last bit changes, or two pixels by one
+      step of 8 bits. Noise that is made from the image repeats itself; this is the question that finds it.
+    - `independent`: the answer to an image does not depend on the others in its batch.
+
+    Raises ValueError where logits are NaN or infinite.
     """
     number = len(images_01)
 
@@ -26,13 +31,25 @@ def inspect_target(target: Target, images_01: torch.Tensor) -> dict[str, bool]:
         return target.logits(batch_01, target.draw(seeds, images_01.shape[1:])).float()  # a draw can be used once
 
     logits = answer(images_01, range(number))
+    if not logits.isfinite().all():
+        raise ValueError(f"{target.name}: its logits of images in [0, 1] hold NaN or infinity; mend the model first")
+    size = float(logits.abs().max())
     result = {"repeatable": torch.equal(logits, answer(images_01, range(number)))}
     if target.is_random:
-        result["draws_differ"] = not torch.equal(logits, answer(images_01, range(number, 2 * number)))
-    moved = torch.nextafter(images_01, torch.full_like(images_01, 0.5))
-    change = float((answer(moved, range(number)) - logits).abs().max())
-    # undeclared randomness shows in `repeatable`, and would show here as well
-    return result | {"continuous": not result["repeatable"] or change <= 0.02 * float(logits.abs().max())}
+        alike = answer(images_01[:1].expand(images_01.shape), range(number))
+        result["draws_differ"] = not torch.equal(logits, answer(images_01, range(number, 2 * number))) and (
+            number == 1 or float((alike - alike[0]).abs().max()) > 1e-6 * size
+        )
+    if not result["repeatable"]:  # which would show in the other answers as well
+        return result | {"continuous": True, "independent": True}
+    stepped = images_01.clone()
+    for row, column in ((0, 0), (images_01.shape[-2] // 2, images_01.shape[-1] // 2)):
+        pixel = stepped[..., row, column]
+        pixel += torch.where(pixel < 0.5, 1 / 255, -1 / 255)
+    moved = (torch.nextafter(images_01, torch.full_like(images_01, 0.5)), stepped)
+    changes = [float((answer(batch_01, range(number)) - logits).abs().max()) for batch_01 in moved]
+    alone = float((answer(images_01[:1], range(1)) - logits[:1]).abs().max())
+    return result | {"continuous": max(changes) <= 0.02 * size, "independent": alone <= 0.02 * size}
 
 
 def check_processor(name: str, model: nn.Module, processor: Any) -> None:
@@ -51,9 +68,9 @@ def check_processor(name: str, model: nn.Module, processor: Any) -> None:
     if mean is None or std is None:
         return  # the processor alone says how its images look
     for key, own, theirs in (("image_mean", mean, processor.image_mean), ("image_std", std, processor.image_std)):
-        if not getattr(processor, "do_normalize", True):
+        if not getattr(processor, "do_normalize", True) or theirs is None:
             raise ValueError(f"{name}: its configuration has {key} {list(own)}, its processor does not normalize")
-        if max(abs(a - b) for a, b in zip(own, theirs, strict=True)) > 1e-4:
+        if len(own) != len(theirs) or max(abs(a - b) for a, b in zip(own, theirs, strict=True)) > 1e-4:
             raise ValueError(f"{name}: its configuration has {key} {list(own)}, its processor {list(theirs)}: mend one")
     is_purified = hasattr(config, "purifier_config")
     size = config.purifier_config.image_size if is_purified else getattr(config, "image_size", None)

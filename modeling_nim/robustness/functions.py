@@ -1,6 +1,7 @@
 """Functions that a recipe names or a caller passes: attacks, losses and purifiers that live outside of this package."""
 
 import importlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -37,6 +38,11 @@ def naming_own_function(what: str) -> Iterator[None]:
     except Exception as error:
         kind, words = type(error).__name__, " ".join(str(error).split())
         raise ValueError(f"{what} ended with {kind}: {words}; NIM_TRACEBACK=1 shows where") from error
+
+
+def is_function(name: str) -> bool:
+    """Whether a recipe's text names a function and not a directory or a model of the Hub."""
+    return ":" in name and not os.path.exists(name)
 
 
 def function_name(function: Callable | str) -> str:

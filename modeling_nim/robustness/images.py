@@ -47,6 +47,7 @@ class RowsSource(ImageSource):
             raise ValueError(f"the data have the columns {names}: rename them to 'image' and 'label'")
         self.rows, self.labels = rows, [int(label) for label in rows[self.label_column]]
         known = getattr(rows.features[self.label_column], "names", None)
+        check_labels(torch.tensor(self.labels), len(rows), None if known is None else len(known))
         self.classes_are_counted = known is None
         self.class_names = list(known or map(str, range(max(self.labels) + 1)))
         self.fingerprint = f"datasets:{len(rows)}:{rows._fingerprint}"

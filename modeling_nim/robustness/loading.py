@@ -22,9 +22,10 @@ from ..noise_nim import parse_sigma
 from ..runs.errors import naming_damaged_weights
 from ..runs.models import load_config, set_attention, set_mask_ratio
 from .checks import check_processor
+from .functions import is_function, named_function
 from .images import TensorImages
 from .recipes import AttackRecipe, EvaluatedModelRecipe
-from .targets import ClassifierTarget, PurifiedTarget, SmoothedTarget, Target
+from .targets import ClassifierTarget, FunctionTarget, PurifiedTarget, SmoothedTarget, Target
 
 
 class PatchProjection(nn.Module):
@@ -120,6 +121,11 @@ def _load_model(recipe: EvaluatedModelRecipe) -> tuple[nn.Module, Any]:
     path, purifier, classifier, trust = recipe.path, recipe.purifier, recipe.classifier, recipe.trust_remote_code
     if (path is None) == (purifier is None) or (purifier is None) != (classifier is None):
         raise ValueError(f"model {recipe.name!r}: give either 'path', or both 'purifier' and 'classifier'")
+    if path is None and is_function(purifier):
+        if recipe.mask_ratio is not None or recipe.smoothed:
+            raise ValueError(f"model {recipe.name!r}: {purifier!r} is a function; leave mask_ratio and smoothed out")
+        model = _load(AutoModelForImageClassification, classifier, trust)
+        return model, AutoImageProcessor.from_pretrained(classifier, backend="pil", trust_remote_code=trust)
     if path is None:
         parts = (
             _load(AutoModelForPreTraining, purifier, trust),
@@ -144,17 +150,25 @@ def _make_target(recipe: EvaluatedModelRecipe, model: nn.Module, processor: Any,
     if recipe.smoothed:
         return _smoothed_target(recipe, model, processor, sigma)
     if sigma is not None or recipe.num_votes is not None or recipe.without_purifier:
+        own = recipe.path if recipe.purifier is None else recipe.purifier
         raise ValueError(
-            f"model {recipe.name!r} at {recipe.path!r} has no purifier: leave sigma, num_votes and without_purifier "
+            f"model {recipe.name!r} at {own!r} has no purifier of ours: leave sigma, num_votes and without_purifier "
             "out, or give 'purifier' and 'classifier' paths"
         )
-    return _classifier_target(recipe, model, processor)
+    plain = _classifier_target(recipe, model, processor)
+    if recipe.purifier is None:
+        return plain
+    purifier = named_function(recipe.purifier, "purifier")
+    return FunctionTarget(recipe.name, plain, purifier, num_classes=plain.num_classes)
 
 
 def _classifier_target(recipe: EvaluatedModelRecipe, model: nn.Module, processor: Any) -> ClassifierTarget:
+    mean, std = [0.0] * 3, [1.0] * 3
     if getattr(processor, "do_normalize", True):
-        return ClassifierTarget(recipe.name, model, processor.image_mean, processor.image_std)
-    return ClassifierTarget(recipe.name, model, [0.0] * 3, [1.0] * 3)
+        mean, std = processor.image_mean, processor.image_std
+    given = recipe.classifier_settings()
+    mean, std = given.get("classifier_image_mean", mean), given.get("classifier_image_std", std)
+    return ClassifierTarget(recipe.name, model, mean, std)
 
 
 def _smoothed_target(

@@ -251,7 +251,7 @@ class EvaluatedModelRecipe:
 
     name: str  # what tables call it
     path: str | None = None  # a purified model or any image classifier: directory or Hub id
-    purifier: str | None = None  # instead of path: one of its two parts
+    purifier: str | None = None  # instead of path: one of its two parts, or package.module:function
     classifier: str | None = None  # instead of path: the other part
     # of the defense: a number, a specification, or a list; null: the model's own
     sigma: float | str | list[float | str] | None = None

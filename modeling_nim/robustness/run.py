@@ -28,6 +28,31 @@ from .targets import Target
 CLEAN_CHECK_IMAGES = 64  # on which the accuracy without an attack is looked at before anything is attacked
 
 
+def look_at_target(
+    index: int,
+    target: Target,
+    images: SourceImages | TensorImages,
+    micro_batch: int,
+    stated: dict[str, Any] | None = None,
+) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """What is known of a target before hours are spent on it, and the alarms that its clean accuracy rings.
+
+    `index` is its place among the targets of `images`; `stated` is of `checks.stated_accuracy`.
+    """
+    images_01, labels, image_ids = images.batch(index, range(min(CLEAN_CHECK_IMAGES, len(images))))
+    known: dict[str, Any] = {"hash": model_hash(target.weights)} | inspect_target(target, images_01[:16])
+    rows = rows_per_pass(micro_batch, target)
+    logits = decide(target_forward(target), images_01, image_ids, 0, EVALUATE, 1, rows).squeeze(1)  # (B, num_classes)
+    if int(labels.max()) >= logits.shape[-1]:
+        raise ValueError(
+            f"{target.name} tells {logits.shape[-1]} classes apart, an image has label {int(labels.max())}: name "
+            "the data that it was trained for"
+        )
+    known |= {"chance": 1 / logits.shape[-1]} | ({} if stated is None else {"stated": stated})
+    right = (logits.argmax(dim=-1) == labels).double().tolist()
+    return known, of_clean_accuracy(model_key(target.name, target.sigma), right, known)
+
+
 class AttackRun:
     """Targets, images and a plan, and what is known of them; `rounds` attacks, `summary` says what is left.
 
@@ -52,26 +77,14 @@ class AttackRun:
         self.warnings = []
         self._controls: dict[tuple, dict[str, list[int]]] = {}
         for index, target in enumerate(self.targets):
-            images_01, labels, image_ids = images.batch(index, range(min(CLEAN_CHECK_IMAGES, len(images))))
-            known = {"hash": model_hash(target.weights)} | inspect_target(target, images_01[:16])
-            self.models[model_key(target.name, target.sigma)] = known
+            key = model_key(target.name, target.sigma)
+            said = None if stated is None else stated[index]
+            self.models[key], rings = look_at_target(index, target, images, micro_batch, said)
             if target.name not in self.speeds:  # sigma changes nothing about the cost
-                self.speeds[target.name] = measure_speed(target, images_01[:16], micro_batch)
-            if self.jobs:
-                self.warnings += self._look_at_clean_accuracy(index, images_01, labels, image_ids, stated)
+                few = images.batch(index, range(min(16, len(images))))
+                self.speeds[target.name] = measure_speed(target, few[0], micro_batch)
+            self.warnings += rings if self.jobs else []
         self.warnings = of_models(self.models) + self.warnings
-
-    def _look_at_clean_accuracy(self, index, images_01, labels, image_ids, stated) -> list[dict[str, str]]:
-        target = self.targets[index]
-        rows = rows_per_pass(self.micro_batch, target)
-        logits = decide(target_forward(target), images_01, image_ids, 0, EVALUATE, 1, rows).squeeze(
-            1
-        )  # (B, num_classes)
-        key = model_key(target.name, target.sigma)
-        self.models[key] |= {"chance": 1 / logits.shape[-1]}
-        if stated is not None and stated[index] is not None:
-            self.models[key] |= {"stated": stated[index]}
-        return of_clean_accuracy(key, (logits.argmax(dim=-1) == labels).double().tolist(), self.models[key])
 
     def cost(self, num_processes: int = 1) -> str:
         """What the attacks will take on this machine, as a table."""

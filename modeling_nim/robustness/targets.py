@@ -42,6 +42,10 @@ class Target(nn.Module):
         """`(R, num_classes)`; differentiable with respect to the images."""
         raise NotImplementedError
 
+    def forward(self, images_01: torch.Tensor) -> torch.Tensor:
+        """The logits of a target without noise: as a function of images it can stand behind a purifier."""
+        return self.logits(images_01, {})
+
     def classifier_logits(self, images_01: torch.Tensor) -> torch.Tensor:
         """What a gray-box attacker differentiates: the classifier, unaware of the defense."""
         return self.logits(images_01, {})

@@ -527,7 +527,12 @@ def test_every_kind_of_purifier_can_be_attacked(family, classifier):
     target = PurifiedTarget(family, model)
     assert target.is_random and target.sigma == ("30" if noise else "mask")
     x, labels = torch.rand(3, 3, 16, 16), torch.arange(3)
-    assert inspect_target(target, x) == {"repeatable": True, "draws_differ": True, "continuous": True}
+    assert inspect_target(target, x) == {
+        "repeatable": True,
+        "draws_differ": True,
+        "continuous": True,
+        "independent": True,
+    }
     records, attacked = attack_and_score(target, AttackRecipe("pgd", steps=3, eot_samples=2), x, labels, 8, num_draws=4)
     assert max(record.linf_255 for record in records) == pytest.approx(8, abs=1e-3)
     assert all(record.zero_gradients == 0 for record in records)

@@ -214,8 +214,8 @@ def test_a_secretly_random_model_rings():
     target = SecretlyRandomTarget()
     _, summary, _, _ = run([target], [AttackRecipe("fgsm")], images(8), torch.zeros(8, dtype=torch.long), [1.0])
     assert "undeclared_randomness" in alarms(summary)
-    assert inspect_target(QuietTarget(), images(4)) == {"repeatable": True, "continuous": True}
-    honest = {"repeatable": True, "draws_differ": True, "continuous": True}
+    assert inspect_target(QuietTarget(), images(4)) == {"repeatable": True, "continuous": True, "independent": True}
+    honest = {"repeatable": True, "draws_differ": True, "continuous": True, "independent": True}
     assert inspect_target(NoisyTarget(), images(4)) == honest
 
 
