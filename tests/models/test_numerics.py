@@ -211,7 +211,7 @@ def test_gradient_checkpointing_leaves_loss_and_gradients_unchanged(name, pixel_
     for checkpointing in (False, True):
         if checkpointing:
             assert len(calls) == 1
-            model.activation_checkpointing_enable()
+            training_models.enable_activation_checkpointing(model)
         model.zero_grad()
         loss = model(pixel_values, **given).loss
         loss.backward()
