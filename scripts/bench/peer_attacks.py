@@ -55,7 +55,7 @@ def foolbox_fmn(oracle: Oracle, images_01: torch.Tensor, epsilon: float, steps: 
     with _opened(oracle, images_01) as model:
         theirs = foolbox.PyTorchModel(model, bounds=(0, 1), device=images_01.device)
         found = foolbox.attacks.LInfFMNAttack(steps=steps).run(theirs, images_01, oracle.labels)
-    return images_01 + (found - images_01).clamp(-epsilon, epsilon)
+    return images_01 + (found.to(images_01) - images_01).clamp(-epsilon, epsilon)
 
 
 def _run_secml(attack, model: TensorModel, images_01: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

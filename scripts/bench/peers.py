@@ -6,7 +6,7 @@
     python scripts/bench/peers.py optimality   # how near each comes to the best of all, on the undefended classifier
     python scripts/bench/peers.py radii [--smoothing DIR]   # locuslab/smoothing: their procedure on our votes
 
-The first two take a minute or two of one core each and write `results/digits/peers_*.json` with their records; a run
+The first two take three minutes of one core each and write `results/digits/peers_*.json` with their records; a run
 that was stopped continues in `outputs/peers_*`. Without DIR, a checkout of https://github.com/locuslab/smoothing, the
 radii are compared with scipy's interval alone.
 """
@@ -89,7 +89,7 @@ def _evaluated(target, model: NIMPurifiedImageClassification, attacks, num_image
         num_images=num_images,
         num_draws=10,
         seeds=[0],
-        batch_size=32,
+        batch_size=50,
         output_dir=str(output_dir),
         processor=processor,
         progress=True,
@@ -201,7 +201,7 @@ def smoothing_difference(certificates: Sequence[Certificate], directory: Path) -
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["eot", "optimality", "radii"])
-    parser.add_argument("--num_images", type=int, default=24, help="how many test images; default: 24")
+    parser.add_argument("--num_images", type=int, default=100, help="how many test images; default: 100")
     parser.add_argument("--smoothing", type=Path, help="a checkout of locuslab/smoothing")
     arguments = parser.parse_args(argv)
     sys.path.insert(0, str(ROOT / "scripts"))  # for reports.collect
