@@ -21,11 +21,12 @@ from ..data import ImageSource
 from ..image_processing import image_processor_for
 from ..modeling_nim_purified import NIMPurifiedImageClassification
 from ..noise_nim import denormalize, normalize
+from ..runs.bounds import check_value
 from .alarms import Alarm
 from .certification import CertificationRun, CertifyRecipe
 from .checks import check_processor, stated_accuracy
 from .evaluation import attack_images
-from .images import RowsSource, SourceImages, TensorImages
+from .images import RowsSource, SourceImages, TensorImages, check_images
 from .jobs import Job
 from .loading import model_hash, project_patches_by_matrix_product
 from .protocols import resolve
@@ -132,15 +133,23 @@ def attack(
         micro_batch: most rows of a forward pass.
         settings: of `AttackRecipe`, e.g. `steps`, `eot_samples`, `norm`; one that the attack does not use is refused.
 
-    Raises ValueError where images, labels, ids or settings cannot be.
+    Warns where ten images or more are right no oftener than guesses.
+
+    Raises:
+        ValueError: pixels are outside of [0, 1], labels are no classes, ids do not fit, or a setting cannot be.
     """
     if not isinstance(epsilon_255, Real):
         raise ValueError(f"epsilon_255 must be a number, got {epsilon_255!r}; evaluate takes several")
+    for key, value in (("num_draws", num_draws), ("micro_batch", micro_batch), ("seeds", seed)):
+        check_value(value, AttackRunRecipe, key, key.removesuffix("s") if key == "seeds" else key)
+    check_images(images_01)
     seen = as_target(model, **(target or {}))
     images = TensorImages(images_01, labels, image_ids, seen.num_classes, images_01.device)
     recipe = AttackRecipe(
         attack, threat_models=[threat_model] if threat_model else [], epsilon_255=[epsilon_255], **settings
     )
+    if recipe.source is not None:
+        raise ValueError(f"attack {recipe.label!r} is made on one model and tried on another: use evaluate with both")
     job = Job(0, recipe, recipe.threat_models[0], epsilon_255, seed, len(images))
     if len(images) >= 10:  # fewer may all be wrong
         _warn(look_at_target(0, seen, images, micro_batch)[1])
@@ -180,8 +189,16 @@ def evaluate(
         epsilon_255, num_images, seeds, num_draws: as in a recipe of `run_attack.py`; `epsilon_255` is also that of the
             attacks named by kind or function.
         output_dir: keeps `records.jsonl` and `summary.json`; the same call continues there after a stop.
+        batch_size: images attacked at a time. `micro_batch`: most rows of a forward pass.
         processor: makes images of a source; None is the model's own.
         progress: shows a bar.
+
+    Returns:
+        A `Summary`: `rows` (percent, with 95% Wilson intervals), `worst_case`, `comparisons` (exact McNemar
+        tests), `alarms` (warnings, too) and `provenance`.
+
+    Raises:
+        ValueError: data, a model, a setting or the records in `output_dir` cannot be; the message names it.
     """
     targets = _targets(model)
     accelerator = Accelerator()
@@ -238,7 +255,20 @@ def certify(
     """Certified accuracy per L2 radius in [0, 1] units (Cohen et al. 2019), as `run_certify.py` finds it.
 
     A purified model of ours is certified with its own noise; any other model is smoothed with Gaussian noise of
-    `sigma_255`, unclipped. The other arguments are those of `evaluate` and of a recipe of `run_certify.py`.
+    `sigma_255`, unclipped.
+
+    Args:
+        num_selection_draws, num_draws: n0 and n of their Algorithm 2, which choose the class and bound its probability.
+        alpha: the probability that a certificate is wrong.
+        radii: of the table, L2 in [0, 1] pixels.
+        model, data, num_images, seed, micro_batch, output_dir, processor, progress: as in `evaluate`.
+
+    Returns:
+        A dictionary per model, sigma and radius: `certified_accuracy` and `abstained` in percent, `ci95`, `num_images`.
+
+    Raises:
+        ValueError: no certificate of the model would be valid (`certification.check_certifiable`), or an argument
+            cannot be.
     """
     targets = _targets(model)
     if sigma_255 is not None:

@@ -27,9 +27,11 @@ class SourceImages:
         return len(self.order)
 
     def image_ids(self, positions: range) -> list[str]:
+        """Of the images at these places of the order of evaluation."""
         return [self.source.image_id(self.order[position]) for position in positions]
 
     def batch(self, target: int, positions: range) -> Batch:
+        """Those images as the processor of a target makes them, `(B, 3, H, W)` in [0, 1], with labels and ids."""
         indices = [self.order[position] for position in positions]
         images_01 = evaluation_batch(self.source, indices, self.processors[target]).to(self.device)  # (B, 3, H, W)
         labels = torch.tensor([self.source.stored(index)[1] for index in indices], device=self.device)
@@ -99,6 +101,7 @@ class TensorImages:
 
     @property
     def fingerprint(self) -> str:
+        """Of pixels, ids and labels: what ties records to the images."""
         digest = hashlib.sha256(self.images_01.cpu().contiguous().numpy().tobytes())
         digest.update(repr((self.ids, self.labels.tolist())).encode())
         return f"tensors:{len(self)}:{digest.hexdigest()[:16]}"

@@ -23,10 +23,12 @@ class Job:
 
     @property
     def label(self) -> str:
+        """What rows call the attack."""
         return "none" if self.attack is None else self.attack.label
 
     @property
     def kind(self) -> str:
+        """The row of `attacks.ATTACKS`, or the name of a function of one's own."""
         return "none" if self.attack is None else self.attack.kind
 
 

@@ -23,6 +23,7 @@ Forward = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
 
 
 def cross_entropy_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Minus the log-probability of the label."""
     return F.cross_entropy(logits, labels, reduction="none")
 
 
@@ -100,6 +101,7 @@ class Oracle:
         self.restart = restart
 
     def seeds(self, image: int, draws: range) -> list[int]:
+        """Of the draws that the next answer about an image uses."""
         if self.known_draw:
             return [stream_seed(self.seed, self.image_ids[image], EVALUATE, 0)] * len(draws)
         # every question meets fresh noise: how much the image has been asked before is part of the draw's name

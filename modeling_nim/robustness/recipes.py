@@ -103,6 +103,7 @@ class AttackRecipe:
 
     @property
     def row(self) -> Attack:
+        """The attack's row of the table, or one made of a function of one's own."""
         return find_attack(self.attack)
 
     def changed_settings(self) -> list[str]:
@@ -117,6 +118,7 @@ class AttackRecipe:
 
     @property
     def implementation(self) -> str:
+        """Whose code attacks: "nim", "torchattacks" or `package.module:function`."""
         if self.attack == "torchattacks":
             return "torchattacks"
         name = function_name(self.attack)
@@ -135,10 +137,12 @@ class AttackRecipe:
 
     @property
     def uses_dlr(self) -> bool:
+        """Whether it needs three classes."""
         return LOSSES["dlr"] in self.losses
 
     @property
     def uses_steps(self) -> bool:
+        """Whether its label tells the steps."""
         return "steps" in self.row.settings and self.attack != "torchattacks"
 
     @property
@@ -289,6 +293,7 @@ class EvaluatedModelRecipe:
         return {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
 
     def sigmas(self) -> list[float | str | None]:
+        """`sigma` as a list; ValueError where one of them is no sigma."""
         sigmas = self.sigma if isinstance(self.sigma, list) else [self.sigma]
         for sigma in sigmas:
             if sigma is not None:

@@ -37,6 +37,7 @@ class Unit:
 
     @property
     def num_lines(self) -> int:
+        """One per image."""
         return self.stop - self.start
 
 

@@ -120,6 +120,7 @@ class Row(_Jsonable):
 
     @property
     def group(self) -> tuple:
+        """That of the records that the row is made of."""
         return self.model, self.sigma, self.name, self.threat_model, self.epsilon_255
 
     @classmethod
@@ -144,6 +145,7 @@ class Certificate(_Jsonable):
 
     @property
     def identity(self) -> tuple:
+        """What no two certificates of a run share."""
         return self.model, self.sigma_255, self.image_id
 
     @classmethod

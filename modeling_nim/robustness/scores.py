@@ -27,14 +27,17 @@ def scores(members: Sequence[Record], predictions_key: str = "predictions") -> d
 
 
 def percent(values: Sequence[float]) -> float:
+    """The mean of values in [0, 1], in percent."""
     return round(100 * sum(values) / len(values), 4)
 
 
 def interval(values: Sequence[float]) -> list[float]:
+    """The 95% Wilson interval of that mean, in percent."""
     return [round(bound, 4) for bound in accuracy_interval(values)]
 
 
 def length(record: Record, norm: str) -> float:
+    """Of the perturbation that was scored, on 0..255."""
     return record.l2_255 if norm == "l2" else record.linf_255
 
 

@@ -240,11 +240,16 @@ def test_numbers_that_mean_nothing_are_refused_in_python(value):
         ({"alpha_ratio": 0}, "alpha_ratio must be above 0, got 0"),
         ({"norm": "l3"}, "norm must be 'linf' or 'l2'"),
         ({"threat_model": "white"}, "not defined for threat model 'white'"),
+        ({"num_draws": 0}, "num_draws must be at least 1"),
+        ({"micro_batch": 0}, "micro_batch must be at least 1"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"attack": "transfer", "source": "m"}, "tried on another: use evaluate with both"),
+        ({"images_01": X.numpy()}, "images_01 must be a float tensor .* got <class 'numpy.ndarray'>"),
     ],
 )
 def test_settings_of_the_wrong_kind_are_refused_in_python(arguments, message):
     with pytest.raises(ValueError, match=message):
-        attack(QUIET, X, Y, "pgd", **arguments)
+        attack(QUIET, **({"images_01": X, "labels": Y, "attack": "pgd"} | arguments))
 
 
 @pytest.mark.parametrize(
