@@ -20,6 +20,8 @@ pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 ROOT = Path(__file__).parents[2]
+CONFIGS = (ROOT / "model_cards").glob("*/config.json")
+RELEASED = sorted(path.parent.name for path in CONFIGS if '"NIMPurifiedImageClassification"' in path.read_text())
 
 
 @pytest.fixture
@@ -37,8 +39,10 @@ def export(monkeypatch, capsys):
     return call
 
 
-@pytest.mark.parametrize("name", ["nim-cifar10", "nim-digits"])
-@pytest.mark.parametrize(("format", "ending"), [("onnx", ".onnx"), ("torch_export", ".pt2")])
+@pytest.mark.parametrize(
+    ("name", "format", "ending"),
+    [(name, "onnx", ".onnx") for name in RELEASED] + [("nim-cifar10", "torch_export", ".pt2")],
+)
 def test_released_models_answer_as_in_pytorch_when_epsilon_is_given(export, tmp_path, name, format, ending):
     model = NIMPurifiedImageClassification.from_pretrained(ROOT / "model_cards" / name).eval()
     path = tmp_path / f"model{ending}"
