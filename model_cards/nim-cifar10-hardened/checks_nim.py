@@ -1,0 +1,97 @@
+"""What the fields of a configuration must fulfill together, so that no model is built that nothing fits."""
+
+import math
+from collections.abc import Sequence
+
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+
+# What fields of a model must fulfill: a number that breaks its rule builds a model that fails later, or in silence.
+_RULES = (
+    (("num_hidden_layers", "intermediate_size", "decoder_intermediate_size"), "at least 1", lambda value: value >= 1),
+    (("decoder_num_hidden_layers",), "at least 0", lambda value: value >= 0),
+    (("layer_norm_eps",), "above 0", lambda value: 0 < value < math.inf),
+    (("initializer_range",), "at least 0 and finite", lambda value: 0 <= value < math.inf),
+    (("hidden_dropout_prob", "attention_probs_dropout_prob"), "in 0..1", lambda value: 0 <= value <= 1),
+)
+
+
+def check_sizes(config: PreTrainedConfig) -> None:
+    """That patches tile the image, that heads share the width, that mean and standard deviation fit each other, and
+    that no number is senseless."""
+    for names, words, holds in _RULES:
+        for name in names:
+            if not holds(value := getattr(config, name, 1)):
+                raise ValueError(f"{name} must be {words}, got {value}")
+    image_size, patch_size = config.image_size, config.patch_size
+    sides = isinstance(image_size, int) and isinstance(patch_size, int) and min(image_size, patch_size) > 0
+    if not sides or image_size % patch_size:
+        raise ValueError(
+            f"image_size {image_size} and patch_size {patch_size}: both must be one number, and the image a multiple "
+            "of the patch"
+        )
+    for prefix in ("", "decoder_"):
+        width, heads = (getattr(config, prefix + name, 1) for name in ("hidden_size", "num_attention_heads"))
+        if min(width, heads) < 1 or width % heads:
+            raise ValueError(
+                f"{prefix}hidden_size {width} must be a multiple of {prefix}num_attention_heads {heads}, both above 0"
+            )
+    if config.hidden_act not in ACT2FN:
+        raise ValueError(f"hidden_act {config.hidden_act!r} is unknown; use one of {', '.join(ACT2FN)}")
+    check_normalization("image_", config.image_mean, config.image_std)
+
+
+def check_normalization(prefix: str, mean: Sequence[float], std: Sequence[float]) -> None:
+    """That the fields `prefix`mean and `prefix`std have as many numbers, and that one can divide by the second."""
+    if not all(map(math.isfinite, (*mean, *std))) or len(mean) != len(std) or min(std, default=0) <= 0:
+        raise ValueError(
+            f"{prefix}mean {list(mean)} and {prefix}std {list(std)}: give one number for each channel, standard "
+            "deviations above 0"
+        )
+
+
+def check_patch_embedding(config: PreTrainedConfig) -> None:
+    """That halving the image step by step reaches one pixel for a patch, and doubling the width the model's width."""
+    if config.patch_embedding == "linear":
+        return
+    steps = config.patch_size.bit_length() - 1
+    if config.patch_size != 1 << steps or steps < 1 or config.hidden_size % (1 << (steps - 1)):
+        raise ValueError(
+            f'patch_embedding="convolutional" halves the image {steps} times and doubles the width from step to step: '
+            f"patch_size {config.patch_size} must be a power of two above 1, and hidden_size {config.hidden_size} a "
+            f"multiple of {1 << max(steps - 1, 0)}"
+        )
+
+
+def check_tiles(config: PreTrainedConfig) -> None:
+    """That tiles cover every image of at least their own size, and that its reflected border is narrower than it."""
+    size = config.image_size
+    stride = size // 2 if config.tile_stride is None else config.tile_stride
+    border = size // 4 if config.tile_border is None else config.tile_border
+    # The border at the right is up to stride - 1 pixels wider; an image of one tile can reflect size - 1 of its own.
+    if stride < 1 or border < 0 or stride + border > size:
+        raise ValueError(
+            f"tile_stride {config.tile_stride} must be above 0, tile_border {config.tile_border} not below 0, and "
+            f"their sum at most image_size {size}"
+        )
+    if config.tile_batch_size < 1:
+        raise ValueError(f"tile_batch_size must be at least 1, got {config.tile_batch_size}")
+
+
+def check_degradation(config: PreTrainedConfig) -> None:
+    """That the fields of NIM-MAE which speak of masks and noise agree with its degradation."""
+    with_masks = "mask" in config.degradation
+    without_masks = config.adds_noise and config.mask_ratio == 0  # masks alone would leave nothing to score
+    if with_masks and not without_masks and not 0 < config.mask_ratio < 1:
+        raise ValueError(f"mask_ratio must be between 0 and 1{', or 0' * config.adds_noise}, got {config.mask_ratio}")
+    if config.hides_patches and config.norm_pix_loss and config.patch_statistics == "noisy":
+        raise ValueError(
+            f'patch_statistics="noisy" has no meaning with degradation="{config.degradation}" and norm_pix_loss=True: '
+            'a hidden patch has no statistics of its own. Use patch_statistics="input" or norm_pix_loss=False'
+        )
+    if with_masks and config.patch_embedding == "convolutional":
+        raise ValueError(
+            f'patch_embedding="convolutional" has no meaning with degradation="{config.degradation}": its windows '
+            'overlap, so that visible patches would show hidden pixels. Use patch_embedding="linear"'
+        )
