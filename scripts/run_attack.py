@@ -35,6 +35,7 @@ from modeling_nim.robustness.recipes import AttackRunRecipe
 from modeling_nim.robustness.run import AttackRun
 from modeling_nim.robustness.summary import table
 from modeling_nim.runs.errors import run_main
+from modeling_nim.runs.processes import end_sharing
 from modeling_nim.runs.recipe import parse_command_line
 
 
@@ -89,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print_alarms(accelerator, summary.alarms)
     accelerator.wait_for_everyone()
     records.close()
-    accelerator.end_training()
+    end_sharing(accelerator)
 
 
 if __name__ == "__main__":

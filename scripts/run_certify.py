@@ -29,6 +29,7 @@ from modeling_nim.robustness.checks import stated_accuracy
 from modeling_nim.robustness.images import SourceImages
 from modeling_nim.robustness.loading import load_targets, model_hash
 from modeling_nim.runs.errors import run_main
+from modeling_nim.runs.processes import end_sharing
 from modeling_nim.runs.recipe import parse_command_line
 
 
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
     certificates.close()
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    end_sharing(accelerator)
 
 
 if __name__ == "__main__":

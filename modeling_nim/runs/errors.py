@@ -24,7 +24,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     """Runs `main` and exits. Bad input (`ValueError`, `OSError`, a configuration that its class refuses) and too little
     memory print `error: ...`; `NIM_TRACEBACK=1` shows where."""
     try:
-        sys.exit(main())
+        _exit(main() or 0)
     except (ValueError, OSError, StrictDataclassError, RuntimeError, MemoryError) as error:
         message = _message(error)
         if message is None or os.environ.get("NIM_TRACEBACK"):

@@ -6,9 +6,11 @@ from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from torch import distributed
 
 
 T = TypeVar("T")
+_ended_groups: list[Any] = []
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[[], T]) -> T:
@@ -42,3 +44,15 @@ def together(accelerator: Accelerator) -> Iterator[None]:
     errors = [other for other in gather_object([error]) if other is not None]
     if errors:
         raise errors[0]
+
+
+def end_sharing(accelerator: Accelerator) -> None:
+    """Ends trackers and the group of several processes: nothing may be shared afterwards.
+
+    The group's object stays. The last to hold it would be DistributedDataParallel's reducer, which frees it under the
+    interpreter's lock and waits for the group's thread, which may wait for that lock to free a tensor: a deadlock
+    (torch 2.13, gloo).
+    """
+    if distributed.is_initialized():
+        _ended_groups.append(distributed.group.WORLD)
+    accelerator.end_training()

@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from ..runs.files import append_text, write_jsonl
+from ..runs.processes import end_sharing
 
 
 class NonFiniteLossError(ValueError):
@@ -147,7 +148,7 @@ class Reporter:
         self.bar.close()
         if self.seen_bad_images and self.accelerator.is_main_process:
             print(f"{len(self.seen_bad_images)} bad images were skipped; {self.log_path} names each one")
-        self.accelerator.end_training()
+        end_sharing(self.accelerator)
 
 
 def peak_memory_gib() -> float:
