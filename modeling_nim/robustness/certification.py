@@ -4,6 +4,7 @@ The smoothing noise is the defense's own noise, so it is added once. The certifi
 that noise, at L2 radii in [0, 1] pixel units, with probability 1 - alpha per image.
 """
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,8 @@ from .recipes import EvaluatedModelRecipe
 from .record_file import RecordFile, Unit, plan_units, run_settings
 from .records import Certificate, model_key
 from .run import look_at_target
-from .statistics import accuracy_interval, certified_radius
+from .scores import percent
+from .statistics import accuracy_interval, certified_radius, paired_p_value
 from .targets import PurifiedTarget, SmoothedTarget, Target
 
 
@@ -150,7 +152,7 @@ def certified_rows(certificates: Sequence[Certificate], radii: Sequence[float]) 
     for model, sigma in dict.fromkeys((item.model, item.sigma_255) for item in certificates):
         members = [item for item in certificates if (item.model, item.sigma_255) == (model, sigma)]
         for radius in radii:
-            correct = [float(item.prediction == item.label and item.radius >= radius) for item in members]
+            correct = [float(item.holds(radius)) for item in members]
             rows.append(
                 {
                     "model": model,
@@ -163,6 +165,28 @@ def certified_rows(certificates: Sequence[Certificate], radii: Sequence[float]) 
                 }
             )
     return rows
+
+
+def certified_comparisons(certificates: Sequence[Certificate], radii: Sequence[float]) -> list[dict[str, Any]]:
+    """Models against each other at every L2 radius, on the images that both have a certificate of (exact McNemar)."""
+    by_model: dict[str, dict[str, Certificate]] = {}
+    for item in certificates:
+        by_model.setdefault(model_key(item.model, item.sigma_255), {})[item.image_id] = item
+    comparisons = []
+    for (first, a), (second, b) in itertools.combinations(by_model.items(), 2):
+        images = sorted(set(a) & set(b))
+        for radius in radii if images else ():
+            holds = [[members[image].holds(radius) for image in images] for members in (a, b)]
+            comparisons.append(
+                {
+                    "radius_l2": radius,
+                    "models": [first, second],
+                    "certified_accuracy": [percent(each) for each in holds],
+                    "num_images": len(images),
+                    "p_value": paired_p_value(*holds),
+                }
+            )
+    return comparisons
 
 
 class CertificationRun:
@@ -217,9 +241,14 @@ class CertificationRun:
             yield certificates.append(unit, lines, time.perf_counter() - start)
 
     def rows(self, certificates: RecordFile) -> list[dict[str, Any]]:
-        """Certified accuracy per radius, written to `certified.json` beside them; for the main process alone."""
-        rows = certified_rows(certificates.read_here(), self.recipe.radii)
+        """Certified accuracy per radius, written to `certified.json` beside them with the comparisons of models.
+
+        For the main process alone.
+        """
+        read = certificates.read_here()
+        rows = certified_rows(read, self.recipe.radii)
         provenance = certificates.settings | {"records_sha256": certificates.sha256}
-        found = {"rows": rows, "alarms": self.warnings, "provenance": provenance}
+        comparisons = certified_comparisons(read, self.recipe.radii)
+        found = {"rows": rows, "comparisons": comparisons, "alarms": self.warnings, "provenance": provenance}
         write_json(certificates.directory / "certified.json", found)
         return rows

@@ -148,6 +148,10 @@ class Certificate(_Jsonable):
         """What no two certificates of a run share."""
         return self.model, self.sigma_255, self.image_id
 
+    def holds(self, radius_l2: float) -> bool:
+        """Whether the class is right and certified up to this L2 radius; an abstention is a mistake."""
+        return self.prediction == self.label and self.radius >= radius_l2
+
     @classmethod
     def from_json(cls, line: dict[str, Any]) -> "Certificate":
         return cls(**line)

@@ -9,7 +9,7 @@ from collections import defaultdict
 import pytest
 import reference
 
-from modeling_nim.robustness.certification import certified_rows
+from modeling_nim.robustness.certification import certified_comparisons, certified_rows
 from modeling_nim.robustness.records import Certificate, Record, Row
 from modeling_nim.robustness.statistics import accuracy_interval
 from reports import collect, paper_tables
@@ -52,13 +52,10 @@ def test_a_result_is_made_of_the_records_beside_it(file):
         assert found == {run: (10 * len(parts), pytest.approx(sum(parts), abs=0.051)) for run, parts in seconds.items()}
         return
     if file.stem.startswith("certified"):
-        assert (
-            certified_rows(
-                [Certificate.from_json(record) for record in records],
-                sorted({row["radius_l2"] for row in result["rows"]}),
-            )
-            == result["rows"]
-        )
+        certificates = [Certificate.from_json(record) for record in records]
+        radii = sorted({row["radius_l2"] for row in result["rows"]})
+        assert certified_rows(certificates, radii) == result["rows"]
+        assert certified_comparisons(certificates, radii) == result["comparisons"]
         return
     if "psnr_db" in records[0]:
         values = defaultdict(list)

@@ -9,7 +9,7 @@ from robustness_targets import LuckyTarget, NoisyTarget, QuietTarget, RoundingTa
 from scipy.stats import binom, binomtest
 
 from modeling_nim import NIMPurifiedImageClassification
-from modeling_nim.robustness.certification import certified_rows, check_certifiable, count_votes
+from modeling_nim.robustness.certification import certified_comparisons, certified_rows, check_certifiable, count_votes
 from modeling_nim.robustness.checks import inspect_target
 from modeling_nim.robustness.cost import cost_table, measure_speed, seconds_per_image
 from modeling_nim.robustness.draws import distinct_seeds, stream_seed
@@ -127,6 +127,25 @@ def test_certified_rows_count_abstentions_as_mistakes():
     rows = certified_rows(records, [0.0, 0.25, 0.75])
     assert [row["certified_accuracy"] for row in rows] == [50.0, 25.0, 0.0]
     assert rows[0]["abstained"] == 25.0
+
+
+def test_certificates_of_two_models_are_compared_on_the_images_of_both():
+    def certificates(model, radii):
+        return [Certificate(model, 30.0, f"{i}", 1, 1, 0, 1000, 0.001, 1, radius) for i, radius in enumerate(radii)]
+
+    # at 0.5 the second holds six images that the first does not, and no other way round: p = 2 / 2**6
+    records = certificates("a", [0.2] * 6 + [0.6] * 2) + certificates("b", [0.6] * 8 + [0.9])
+    at_zero, at_half = certified_comparisons(records, [0.0, 0.5])
+    assert at_half == {
+        "radius_l2": 0.5,
+        "models": ["a @ sigma 30", "b @ sigma 30"],
+        "certified_accuracy": [25.0, 100.0],
+        "num_images": 8,
+        "p_value": pytest.approx(0.03125),
+    }
+    assert (at_zero["certified_accuracy"], at_zero["p_value"]) == ([100.0, 100.0], 1.0)
+    others = [Certificate("c", 30.0, "other", 1, 1, 0, 1000, 0.001, 1, 0.5)]
+    assert certified_comparisons(certificates("a", [0.2]) + others, [0.0]) == []
 
 
 # ----------------------------------------------------------------------------------------------------------------------
