@@ -57,12 +57,18 @@ def load_recipe(
     Raises FileNotFoundError when there is no such file, and ValueError naming the key, the value and what is expected
     for everything else.
     """
+    paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+    return build_dataclass(schema, stack_recipes(paths, overrides))
+
+
+def stack_recipes(paths: Sequence[str | os.PathLike], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What YAML files and overrides say together, as `load_recipe` reads them, before a dataclass knows the keys."""
     values: dict[str, Any] = {}
-    for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
+    for path in paths:
         values = _merge(values, read_recipe(path))
     for override in overrides:
         _apply_override(values, override)
-    return build_dataclass(schema, values)
+    return values
 
 
 def _merge(values: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:

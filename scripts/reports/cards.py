@@ -40,7 +40,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -48,7 +47,7 @@ import modeling_nim
 from modeling_nim.robustness.recipes import SETTINGS
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.files import write_text
-from modeling_nim.runs.recipe import load_recipe, read_recipe
+from modeling_nim.runs.recipe import load_recipe, read_recipe, stack_recipes
 from recipes.studies import PAPER_COLUMNS, STUDIES, TABLE_1
 from reports.tables import Row, attack_text, environment, number
 
@@ -56,7 +55,8 @@ from reports.tables import Row, attack_text, environment, number
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = ROOT / "model_cards" / "TEMPLATE.md"
 KINDS = {"ForPreTraining": "denoiser", "NIMPurified": "purified", "ForImageClassification": "classifier"}
-SCRIPTS = {"pretrain": "run_pretrain", "finetune": "run_finetune", "attack": "run_attack", "certify": "run_certify"}
+# By a key that no other recipe has; what has none of them is an attack's.
+SCRIPTS = {"init": "run_finetune", "model": "run_pretrain", "radii": "run_certify"}
 # Sections of a recipe that say how a run was executed, not what was learned.
 EXECUTION_KEYS = ("output_dir", "execution", "checkpoints", "logging", "pictures", "reconstruction")
 
@@ -124,11 +124,7 @@ def render_card(name: str, facts: CardFacts, config: PreTrainedConfig, root: Pat
             architecture=architecture,
             num_parameters=num_parameters,
             repository=name if "/" in name else f"model_cards/{name}",
-            recipe_files=[shlex.split(line)[0] for line in facts.recipes.values()],
-            stages={title: _stage_settings(root, line) for title, line in facts.recipes.items()},
-            commands=[
-                f"python scripts/launch.py scripts/{_script(root, line)}.py {line}" for line in facts.recipes.values()
-            ],
+            stages={title: _stage(root, line) for title, line in facts.recipes.items()},
             rows=rows,
             own=own,
             summaries=summaries,
@@ -223,24 +219,19 @@ def is_own(row: dict[str, Any], facts: CardFacts) -> bool:
     return row["model"] == facts.model and (facts.sigma is None or row["sigma"] == facts.sigma)
 
 
-def _script(root: Path, line: str) -> str:
-    """Which script a recipe is for: its file's name says so, or else the section that only one of two scripts has."""
-    path = shlex.split(line)[0]
-    named = [script for stem, script in SCRIPTS.items() if Path(path).name.startswith(stem)]
-    return named[0] if named else ("run_finetune" if "init" in read_recipe(root / path) else "run_pretrain")
-
-
-def _stage_settings(root: Path, line: str) -> dict[str, Any] | None:
-    """What a recipe says of training, by dotted key, with the overrides behind it; None for an evaluation."""
-    path, *overrides = shlex.split(line)
-    if not (root / path).is_file():
-        raise FileNotFoundError(f"there is no recipe {root / path}: correct the path in card.yaml")
-    if Path(path).name.startswith(("attack", "certify")):
-        return None
-    settings = dict(_leaves(read_recipe(root / path)))
-    settings |= {key: yaml.safe_load(value) for key, _, value in (override.partition("=") for override in overrides)}
-    kept = {key: value for key, value in settings.items() if not key.startswith(EXECUTION_KEYS)}
-    return {key: value for key, value in kept.items() if value is not None and value != []}
+def _stage(root: Path, line: str) -> dict[str, Any]:
+    """The files, the command and the settings of a recipe's line: by dotted key, and none for an evaluation."""
+    words = shlex.split(line)
+    files = [word for word in words if "=" not in word or (root / word).is_file()]
+    recipe = stack_recipes([root / file for file in files], [word for word in words if word not in files])
+    script = next((script for key, script in SCRIPTS.items() if key in recipe), "run_attack")
+    trains = script in ("run_pretrain", "run_finetune")
+    settings = {
+        key: value
+        for key, value in (_leaves(recipe) if trains else [])
+        if not key.startswith(EXECUTION_KEYS) and value is not None and value != []
+    }
+    return {"files": files, "command": f"python scripts/launch.py scripts/{script}.py {line}", "settings": settings}
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

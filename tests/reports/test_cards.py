@@ -167,6 +167,27 @@ def test_training_and_commands_come_from_the_recipe(purified_card, world):
     assert f"python scripts/launch.py scripts/run_finetune.py {world / 'finetune' / 'recipe.yaml'}" in purified_card
 
 
+def test_of_recipes_that_stack_the_settings_are_those_of_the_last(repository, world):
+    folder, call = repository
+    changes = {"optimization": {"steps": 900, "epochs": None}, "images": "denoised"}
+    (world / "finetune" / "longer=900.yaml").write_text(yaml.safe_dump(changes))
+    line = "finetune/recipe.yaml finetune/longer=900.yaml seed=8"
+    card = yaml.safe_load((folder / "card.yaml").read_text())
+    (folder / "card.yaml").write_text(yaml.safe_dump(card | {"recipes": {"Fine-tuning": line}}))
+    assert call() == 0
+    text = (folder / "README.md").read_text()
+    settings = text.partition("| setting | value |\n|---|---|\n")[2].partition("\n\n")[0]
+    assert settings.splitlines() == [
+        "| data.source | `digits` |",
+        "| init | `i` |",
+        "| optimization.steps | `900` |",
+        "| seed | `8` |",
+        "| images | `denoised` |",
+    ]
+    assert f"python scripts/launch.py scripts/run_finetune.py {line}\n" in text
+    assert "from finetune/recipe.yaml, finetune/longer=900.yaml, summary.json." in text
+
+
 def test_parameters_are_counted(purified_card, world):
     model = modeling_nim.NIMPurifiedImageClassification.from_pretrained(world / "finetune" / "purified")
     assert f"| parameters | {sum(p.numel() for p in model.parameters()):,} |" in purified_card
