@@ -1,4 +1,4 @@
-"""Measure NIM-MAE pre-training: speed, FLOPs, share of the matrix peak, memory, and against an eager float32 loop.
+"""Measure NIM-MAE's or MAE's pre-training: speed, FLOPs, share of the matrix peak, memory, and against an eager float32 loop.
 
     python scripts/bench/pretrain.py [--size base --image_size 224 --batch_size 256] [--output bench/pretrain.json]
 
@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from modeling_nim import MODEL_SIZES, normalize
 from modeling_nim.data.loader import to_images_01
 from modeling_nim.data.randomness import generators, image_seeds
+from modeling_nim.families_nim import ARCHITECTURES, MAE
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.files import write_json
 from modeling_nim.runs.machine import (
@@ -39,6 +40,10 @@ from modeling_nim.training.progress import peak_memory_gib
 def parse_arguments(on_gpu: bool) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = "(default here: %(default)s)"
+    names = [name for name, architecture in ARCHITECTURES.items() if architecture.family is MAE]
+    parser.add_argument(
+        "--architecture", choices=names, default="nim_mae", help=f"nim_mae_masked has noise and masks {default}"
+    )
     parser.add_argument(
         "--size", choices=MODEL_SIZES, default="base" if on_gpu else "tiny", help=f"of the model {default}"
     )
@@ -63,12 +68,12 @@ class Steps:
     def __init__(self, accelerator: Accelerator, arguments: argparse.Namespace):
         self.accelerator, self.batch_size, self.number = accelerator, arguments.batch_size, 0
         device, size = accelerator.device, arguments.image_size
-        self.plain = make_pretraining_model(ModelRecipe(size=arguments.size, config={"image_size": size})).to(device)
+        recipe = ModelRecipe(arguments.architecture, arguments.size, {"image_size": size})
+        self.plain = make_pretraining_model(recipe).to(device)
         self.config = self.plain.config
         self.pixels = torch.randint(0, 256, (self.batch_size, size, size, 3), dtype=torch.uint8).to(device)
-        pixel_values = self.pixel_values()
-        sigma = torch.full((self.batch_size,), 75.0, device=device)
-        self.fixed = {"pixel_values": pixel_values, "sigma": sigma, "epsilon": torch.randn_like(pixel_values)}
+        draws = self.plain.draw(self.batch_size, torch.Generator(device).manual_seed(0))
+        self.fixed = {"pixel_values": self.pixel_values()} | draws
         two = {name: value[:2] for name, value in self.fixed.items()}
         self.forward_flops = count_flops(lambda: self.plain(**two)) / 2  # per image
         self.step_flops = count_flops(lambda: self.plain(**two).loss.backward()) / 2
@@ -77,8 +82,8 @@ class Steps:
         self.eager_model = copy.deepcopy(self.plain)
         trained = [p for p in self.eager_model.parameters() if p.requires_grad]
         self.eager_optimizer = torch.optim.AdamW(trained, lr=1e-6, foreach=False)
-        recipe = OptimizationRecipe(batch_size=self.batch_size, base_learning_rate=1.5e-4, steps=1)
-        self.model, self.optimizer = accelerator.prepare(self.plain, make_optimizer(self.plain, recipe))
+        optimization = OptimizationRecipe(batch_size=self.batch_size, base_learning_rate=1.5e-4, steps=1)
+        self.model, self.optimizer = accelerator.prepare(self.plain, make_optimizer(self.plain, optimization))
         self.model.train()
 
     def pixel_values(self) -> torch.Tensor:
@@ -164,7 +169,7 @@ def main() -> None:
     peak = matrix_peak_flops(device, torch.bfloat16 if arguments.precision == "bf16" else torch.float32)
     side = arguments.image_size
     result = {
-        "model": f"NIM-MAE {arguments.size}/{steps.config.patch_size}, {side}x{side}",
+        "model": f"{arguments.architecture} {arguments.size}/{steps.config.patch_size}, {side}x{side}",
         "batch_size": arguments.batch_size,
         "precision": arguments.precision,
         "compiled": arguments.compile,
@@ -192,17 +197,18 @@ def main() -> None:
 
 def flops_arithmetic(config) -> dict[str, float | str]:
     """Forward FLOPs per image by hand, to check the counter: 2 per multiply-add, layers of T tokens of width D."""
-    patches = (config.image_size // config.patch_size) ** 2
-    tokens, pixels = patches + 1, 3 * config.patch_size**2
+    patches, pixels = (config.image_size // config.patch_size) ** 2, 3 * config.patch_size**2
+    seen = patches if config.degradation == "noise" else int(patches * (1 - config.mask_ratio))
 
-    def layers(number: int, width: int, mlp: int) -> float:
+    def layers(number: int, tokens: int, width: int, mlp: int) -> float:
         projections = 4 * width**2 + 2 * width * mlp  # q, k, v, output; two of the MLP: per token
         return number * 2 * (tokens * projections + 2 * tokens**2 * width)  # scores and their use on the values
 
-    encoder = layers(config.num_hidden_layers, config.hidden_size, config.intermediate_size)
-    decoder = layers(config.decoder_num_hidden_layers, config.decoder_hidden_size, config.decoder_intermediate_size)
+    encoder = layers(config.num_hidden_layers, seen + 1, config.hidden_size, config.intermediate_size)
+    decoded = (patches + 1, config.decoder_hidden_size, config.decoder_intermediate_size)
+    decoder = layers(config.decoder_num_hidden_layers, *decoded)
     patch_embedding = 2 * patches * pixels * config.hidden_size
-    ends = 2 * tokens * config.decoder_hidden_size * (config.hidden_size + pixels)
+    ends = 2 * config.decoder_hidden_size * ((seen + 1) * config.hidden_size + (patches + 1) * pixels)
     return {
         "formula": "sum over layers of 2(T(4D^2 + 2DM) + 2T^2 D), patch embedding, decoder embedding and prediction",
         "encoder": encoder,
