@@ -6,10 +6,12 @@ is left out, each with its reason; everything else that skips is skipped by tran
 
 import copy
 import unittest
+from collections.abc import Callable
 
 import source
 import torch
 from conftest import TINY, TINY_DECODER
+from transformers import PreTrainedConfig
 
 from modeling_nim import (
     NIMClassifierConfig,
@@ -103,36 +105,47 @@ MODELS = {
 DRAWING = (NIMForPreTraining, NIMSimMIMForPreTraining, NIMPurifiedImageClassification)
 
 
+def noise_and_masks() -> NIMConfig:
+    return NIMConfig(**SMALL, **TINY_DECODER, degradation="noise+mask", norm_pix_loss=False, sigma="30")
+
+
 class Tester:
     """What the common tests ask a model's own test for."""
 
-    def __init__(self, parent: unittest.TestCase, model_class: type):
-        self.parent, self.model_class = parent, model_class
+    def __init__(self, parent: unittest.TestCase, model_class: type, config: Callable[[], PreTrainedConfig]):
+        self.parent, self.model_class, self.config = parent, model_class, config
         self.is_training = model_class not in (NIMModel, NIMSimMIMModel)  # encoders have no loss
-        self.batch_size, self.seq_length = 3, NUM_TOKENS
+        seen = 1 - config().mask_ratio if self.hides_patches else 1
+        self.batch_size, self.seq_length = 3, 1 + int(seen * (NUM_TOKENS - 1))
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size"):
             setattr(self, name, TINY[name])
+
+    @property
+    def hides_patches(self) -> bool:
+        return "mask" in getattr(self.config(), "degradation", "")
 
     def prepare_config_and_inputs_for_common(self):
         shape = [self.batch_size, 3, TINY["image_size"], TINY["image_size"]]
         inputs = {"pixel_values": common.floats_tensor(shape)}
         if self.model_class in DRAWING:  # two calls are compared, so the noise is an input
             inputs["epsilon"] = common.floats_tensor(shape)
-        return MODELS[self.model_class](), inputs
+        if self.hides_patches:
+            inputs["noise"] = common.floats_tensor([self.batch_size, NUM_TOKENS - 1])
+        return self.config(), inputs
 
 
-def common_tests(model_class: type) -> type[unittest.TestCase]:
+def common_tests(model_class: type, config: Callable[[], PreTrainedConfig]) -> type[unittest.TestCase]:
     class Test(common.ModelTesterMixin, unittest.TestCase):
         all_model_classes = (model_class,)
         test_resize_embeddings = False
 
         def setUp(self):
-            self.model_tester = Tester(self, model_class)
+            self.model_tester = Tester(self, model_class, config)
             torch.manual_seed(0)
 
         def test_model_get_set_embeddings(self):
             # As transformers' own vision tests do: images have no table of words, but a projection of patches.
-            model = model_class(MODELS[model_class]())
+            model = model_class(config())
             assert isinstance(model.get_input_embeddings(), torch.nn.Module)
             assert model.get_output_embeddings() is None
 
@@ -164,7 +177,8 @@ def configuration_tests(config_class: type) -> type[unittest.TestCase]:
     return Test
 
 
-for _class in MODELS:
-    globals()[f"Test{_class.__name__}"] = common_tests(_class)
+for _class, _config in MODELS.items():
+    globals()[f"Test{_class.__name__}"] = common_tests(_class, _config)
+TestNoiseAndMasks = common_tests(NIMForPreTraining, noise_and_masks)
 for _class in CONFIGURATIONS:
     globals()[f"Test{_class.__name__}"] = configuration_tests(_class)
