@@ -19,7 +19,6 @@ if __name__ == "__main__":
     answer_help(__file__)
 
 import argparse
-import json
 import re
 from collections.abc import Sequence
 from functools import cache
@@ -28,9 +27,8 @@ from pathlib import Path
 import jinja2
 
 from modeling_nim.runs.errors import run_main
-from modeling_nim.runs.files import write_text
 from modeling_nim.runs.help import RecipeKey, recipe_keys
-from reports.tables import environment
+from reports.tables import environment, keep_as_made, read_result
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,8 +65,7 @@ def templates(results: Path) -> jinja2.Environment:
     known = environment(Path(__file__).parent / "templates")
     known.globals["recipe_sections"] = recipe_sections
     for folder in (path for path in results.iterdir() if path.is_dir()):
-        files = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
-        known.globals[folder.name.replace("-", "_")] = files
+        known.globals[folder.name] = {path.stem: read_result(path) for path in folder.glob("*.json")}
     return known
 
 
@@ -89,17 +86,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    check = make_parser().parse_args(argv).check
-    differ = 0
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        old = path.read_text(encoding="utf-8")
-        new = filled(old, ROOT / "results")
-        if new != old:
-            differ += 1
-            print(f"{path.relative_to(ROOT)} {'differs from' if check else 'is written from'} the results")
-            if not check:
-                write_text(path, new)
-    return int(check and differ > 0)
+    arguments = make_parser().parse_args(argv)
+    documents = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    texts = {path: filled(path.read_text(encoding="utf-8"), ROOT / "results") for path in documents}
+    return keep_as_made(texts, arguments.check)
 
 
 if __name__ == "__main__":

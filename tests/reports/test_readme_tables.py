@@ -1,22 +1,39 @@
 """The tables and findings of the documents are what the result files say."""
 
 import json
+import re
 import shutil
 
 import pytest
 
+from recipes.studies import STUDIES
 from reports import readme as make_readme
 
 
 RESULTS = make_readme.ROOT / "results"
+TEMPLATES = sorted((make_readme.ROOT / "scripts/reports/templates").iterdir())
 DOCUMENTS = [make_readme.ROOT / "README.md", *sorted((make_readme.ROOT / "docs").glob("*.md"))]
 
 
 def test_the_documents_are_up_to_date_with_the_results():
     assert make_readme.main(["--check"]) == 0, "run `make cards`"
     marked = [name for path in DOCUMENTS for name in make_readme.MARKED.findall(path.read_text(encoding="utf-8"))]
-    templates = {path.name.partition(".")[0] for path in (make_readme.ROOT / "scripts/reports/templates").iterdir()}
+    templates = {path.name.partition(".")[0] for path in TEMPLATES if path.name != "macros.j2"}
     assert {name for _, name, _ in marked} == templates
+
+
+def test_every_result_is_shown_in_a_document_a_card_or_a_table_of_the_paper():
+    shown = set(re.findall(r"\b(\w+)\.(\w+)", "".join(path.read_text(encoding="utf-8") for path in TEMPLATES)))
+    for card in make_readme.ROOT.glob("model_cards/*/card.yaml"):
+        shown |= set(re.findall(r"results/(\w+)/(\w+)\.json", card.read_text(encoding="utf-8")))
+    shown |= {(key, row.result) for key, study in STUDIES.items() for table in study().tables for row in table.rows}
+    results = {
+        (path.parent.name, path.stem)
+        for path in RESULTS.glob("*/*.json")
+        if "provenance" in json.loads(path.read_text(encoding="utf-8"))
+    }
+    assert {("digits", "baselines"), ("photos", "psnr"), ("cifar10", "votes")} <= results  # they were found
+    assert results - shown == set()
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
