@@ -18,20 +18,25 @@ if __name__ == "__main__":
     answer_help(__file__)  # before the imports below, which take seconds
 
 import argparse
+import shlex
 import tempfile
 from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, RepoUrl
 from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
-from releases import RESULTS, results_yaml
 from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 
 import modeling_nim
+from hub_results import results_yaml
 from modeling_nim.runs.errors import naming_damaged_weights, run_main
 from modeling_nim.runs.files import write_text
-from reports.cards import facts_of_directory, render_card
+from modeling_nim.runs.recipe import read_recipe
+from releases import RESULTS
+from reports.cards import CardFacts, DataFacts, own_results, render_card
+from reports.tables import read_result
 
 
 def load_for_publication(directory: Path) -> PreTrainedModel:
@@ -66,10 +71,51 @@ def stage(model: PreTrainedModel, args: argparse.Namespace, staging: Path) -> No
     else:
         facts = facts_of_directory(args.directory, args.repo_id, args.summary, args.model)
         text = render_card(args.repo_id, facts, model.config, root=Path())
-        listed = results_yaml(facts, root=Path())
+        listed = results_yaml(own_results(facts, root=Path()))
     write_text(staging / "README.md", text)
     if listed:
         write_text(staging / RESULTS, listed)
+
+
+def facts_of_directory(directory: Path, name: str, summary: Path | None = None, model: str | None = None) -> CardFacts:
+    """What a card.yaml would say of a model directory: the recipes saved beside it, and a summary of run_attack.py.
+
+    `model` may be left out where the summary tells it: it is of one model, or one was loaded from this directory.
+    """
+    folders = (directory, directory.parent)  # a composed model lies inside the classifier's directory
+    recipe = next((folder / "recipe.yaml" for folder in folders if (folder / "recipe.yaml").is_file()), None)
+    recipes, data = {}, DataFacts("unknown data")
+    if recipe is not None:
+        recipes["Training"] = shlex.quote(str(recipe))
+        section = read_recipe(recipe).get("data", {})
+        path = section.get("path")
+        data = DataFacts(
+            name=section.get("source", "unknown data") if path is None else Path(path).name,
+            id=path if section.get("source") == "hub" else None,
+            split=section.get("test_split", "test"),
+        )
+    facts = CardFacts(title=name.split("/")[-1], data=data, recipes=recipes, model=model)
+    if summary is not None:
+        facts.summaries = [str(summary)]
+        if model is None:
+            facts.model = own_name(read_result(summary), directory)
+    return facts
+
+
+def own_name(summary: dict[str, Any], directory: Path) -> str:
+    """What a summary calls the model of a directory."""
+    recipe = summary["provenance"].get("recipe", {})
+    by_path = [
+        model["name"]
+        for model in recipe.get("models", [])
+        if model.get("path")
+        and Path(model["path"]).resolve() == directory.resolve()
+        and not model.get("without_purifier")
+    ]
+    names = by_path or sorted({row["model"] for row in summary["rows"]})
+    if len(names) != 1:
+        raise ValueError(f"the summary has results of {names}: say with --model which is {directory}")
+    return names[0]
 
 
 def upload(args: argparse.Namespace, staging: str) -> tuple[RepoUrl, CommitInfo]:
@@ -104,9 +150,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("directory", type=Path, help="a directory that save_pretrained or one of the scripts wrote")
     parser.add_argument("repo_id", help="namespace and name of the repository, such as org/nim-digits")
     parser.add_argument("--summary", type=Path, help="summary.json of run_attack.py, whose numbers go into the card")
-    parser.add_argument(
-        "--model", help="with --summary: what it calls this model, where it has several and none fits by its weights"
-    )
+    parser.add_argument("--model", help="with --summary: what it calls this model, where it has several")
     parser.add_argument(
         "--update", action="store_true", help="publish a new version in a repository that exists already"
     )

@@ -14,23 +14,19 @@ if __name__ == "__main__":
     answer_help(__file__)  # before the imports below, which take seconds
 
 import argparse
-import json
-import re
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
-from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 from transformers import AutoConfig
 from transformers.dynamic_module_utils import custom_object_save
 
 import modeling_nim
+from hub_results import results_yaml
 from modeling_nim.runs.errors import run_main
-from modeling_nim.runs.files import write_text
 from modeling_nim.runs.recipe import load_recipe
-from reports import cards
+from reports.cards import CardFacts, own_results
+from reports.tables import keep_as_made
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,42 +44,13 @@ def code_files(directory: Path) -> dict[str, str]:
         return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).glob("*.py"))}
 
 
-def result_entries(facts: cards.CardFacts, root: Path) -> list[EvalResultEntry]:
-    """What the summaries of a card say of its own model, one entry per attack; paths are relative to `root`."""
-    entries = []
-    for path in facts.summaries:
-        summary = json.loads((root / path).read_text(encoding="utf-8"))
-        entries += [_entry(row, facts) for row in summary["rows"] if cards.is_own(row, facts)]
-    # The same images without an attack are a row of every protocol.
-    return [entry for index, entry in enumerate(entries) if entry not in entries[:index]]
-
-
-def _entry(row: dict[str, Any], facts: cards.CardFacts) -> EvalResultEntry:
-    metric = f"{cards.metric_name(row)}, {row['num_images']} images"
-    settings = json.dumps(cards.metric_arguments(row))
-    return EvalResultEntry(
-        dataset_id=facts.data.id or facts.data.name,  # the Hub shows those whose data set it has
-        task_id=re.sub(r"[^a-z0-9]+", "_", metric.lower()).strip("_"),
-        value=round(row["accuracy"], 2),
-        notes=f"{metric}, split {facts.data.split}; {settings}",
-    )
-
-
-def results_yaml(facts: cards.CardFacts, root: Path) -> str:
-    """The text of `.eval_results/accuracy.yaml`; empty where there are no results."""
-    entries = result_entries(facts, root)
-    if not entries:
-        return ""
-    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, width=120)
-
-
 def released_files(directory: Path, root: Path = ROOT) -> dict[Path, str]:
     """Every text that `make cards` keeps beside a released model's card, `{path: text}`."""
     files = {directory / name: text for name, text in code_files(directory).items()}
     facts = directory / "card.yaml"
-    listed = results_yaml(load_recipe(facts, cards.CardFacts), root) if facts.is_file() else ""
-    if listed:
-        files[directory / RESULTS] = listed
+    results = own_results(load_recipe(facts, CardFacts), root) if facts.is_file() else []
+    if results:
+        files[directory / RESULTS] = results_yaml(results)
     return files
 
 
@@ -96,26 +63,12 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> int:
     arguments = make_parser().parse_args()
 
-    changed = 0
+    texts: dict[Path, str | None] = {}
     for config in sorted((ROOT / "model_cards").glob("*/config.json")):
         wanted = released_files(config.parent)
         kept = {*config.parent.glob("*.py"), *config.parent.glob(".eval_results/*.yaml")}
-        for path in sorted(kept | wanted.keys()):
-            old = path.read_text(encoding="utf-8") if path.is_file() else None
-            if old == wanted.get(path):
-                continue
-            changed += 1
-            if arguments.check:
-                print(f"{path.relative_to(ROOT)} is not as made")
-            elif path in wanted:
-                write_text(path, wanted[path])
-                print(f"wrote {path.relative_to(ROOT)}")
-            else:
-                path.unlink()
-                print(f"removed {path.relative_to(ROOT)}, which no file of this model imports")
-    if not changed:
-        print("every released directory is as its model and records make it")
-    return 1 if arguments.check and changed else 0
+        texts |= {path: wanted.get(path) for path in sorted(kept | wanted.keys())}
+    return keep_as_made(texts, arguments.check)
 
 
 if __name__ == "__main__":

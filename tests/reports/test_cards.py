@@ -1,5 +1,6 @@
 """Model cards: made from config, recipes and records, valid for the Hub, and the same each time."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -10,9 +11,11 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 from stub_hub import card_errors
-from transformers import AutoModelForImageClassification, pipeline
+from transformers import AutoConfig, AutoModelForImageClassification, pipeline
 
 import modeling_nim
+import push_to_hub
+from hub_results import metric_arguments
 from modeling_nim import (
     NIMClassifierConfig,
     NIMConfig,
@@ -23,6 +26,8 @@ from modeling_nim import (
 from modeling_nim.robustness.attacks import ATTACKS
 from modeling_nim.robustness.loading import model_hash
 from modeling_nim.robustness.recipes import AttackRecipe
+from reports import cards
+from reports.tables import attack_text
 
 
 ROOT = Path(__file__).parents[2]
@@ -42,12 +47,10 @@ DECODER = {
 }
 
 
-@pytest.fixture
-def make_cards(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    from reports import cards
-
-    return cards
+def card_of_directory(directory, name, summary=None, model=None, sigma=None):
+    """What `push_to_hub.py` writes of a model directory; of a model at several sigmas, the card of one."""
+    facts = dataclasses.replace(push_to_hub.facts_of_directory(directory, name, summary, model), sigma=sigma)
+    return cards.render_card(name, facts, AutoConfig.from_pretrained(directory), root=Path())
 
 
 def row(model, sigma, attack, threat_model, epsilon_255, accuracy, **settings):
@@ -112,9 +115,9 @@ def world(tmp_path):
 
 
 @pytest.fixture
-def purified_card(make_cards, world):
+def purified_card(world):
     directory, summary = world / "finetune" / "purified", world / "summary.json"
-    return make_cards.card_of_directory(directory, "org/nim-digits", summary, model="purified", sigma=75)
+    return card_of_directory(directory, "org/nim-digits", summary, model="purified", sigma=75)
 
 
 def test_metadata_is_valid_and_keeps_every_attack_apart(purified_card):
@@ -193,30 +196,30 @@ def test_parameters_are_counted(purified_card, world):
     assert f"| parameters | {sum(p.numel() for p in model.parameters()):,} |" in purified_card
 
 
-def test_denoisers_and_bare_classifiers_say_what_they_are(make_cards, world):
-    denoiser = make_cards.card_of_directory(world / "pretrain", "org/nim-mae")
+def test_denoisers_and_bare_classifiers_say_what_they_are(world):
+    denoiser = card_of_directory(world / "pretrain", "org/nim-mae")
     assert card_errors(denoiser) == []
     assert "AutoModelForPreTraining" in denoiser and "It classifies nothing" in denoiser
     assert "## Threat model" not in denoiser
-    classifier = make_cards.card_of_directory(world / "finetune", "org/nim-classifier")
+    classifier = card_of_directory(world / "finetune", "org/nim-classifier")
     assert "no defense against adversarial images" in classifier
     assert "No results are recorded" in classifier
 
 
-def test_unclear_and_missing_results_are_named(make_cards, world):
+def test_unclear_and_missing_results_are_named(world):
     directory = world / "finetune" / "purified"
     with pytest.raises(ValueError, match=r"results of \['original', 'purified'\]: say with --model"):
-        make_cards.card_of_directory(directory, "org/x", world / "summary.json")
+        card_of_directory(directory, "org/x", world / "summary.json")
     with pytest.raises(ValueError, match="no row is of model 'purfied'"):
-        make_cards.card_of_directory(directory, "org/x", world / "summary.json", model="purfied")
+        card_of_directory(directory, "org/x", world / "summary.json", model="purfied")
     with pytest.raises(FileNotFoundError, match="make them with scripts/run_attack.py"):
-        make_cards.card_of_directory(directory, "org/x", world / "absent.json", model="purified")
+        card_of_directory(directory, "org/x", world / "absent.json", model="purified")
 
 
 @pytest.fixture
-def repository(make_cards, world, monkeypatch):
+def repository(world, monkeypatch):
     """A repository with one card.yaml, and `call(*arguments) -> exit code`."""
-    monkeypatch.setattr(make_cards, "ROOT", world)
+    monkeypatch.setattr(cards, "ROOT", world)
     folder = world / "model_cards" / "nim-digits"
     NIMPurifiedImageClassification.from_pretrained(world / "finetune" / "purified").save_pretrained(folder)
     card = {
@@ -233,7 +236,7 @@ def repository(make_cards, world, monkeypatch):
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["cards.py", *arguments])
         with pytest.raises(SystemExit) as exit_info:
-            modeling_nim.runs.errors.run_main(make_cards.main)
+            modeling_nim.runs.errors.run_main(cards.main)
         return exit_info.value.code or 0
 
     return folder, call
@@ -263,17 +266,6 @@ def test_cards_are_made_checked_and_stay_the_same(repository, world, capsys):
     assert (folder / "README.md").read_text() == text
 
 
-def test_results_without_a_card_are_pointed_out(repository, world, capsys):
-    _, call = repository
-    (world / "results").mkdir()
-    (world / "results" / "forgotten.json").write_text((world / "summary.json").read_text())
-    (world / "results" / "bench.json").write_text("[1]")
-    assert call() == 0
-    output = capsys.readouterr().out
-    assert "results/forgotten.json has results and is named by no card.yaml" in output
-    assert "bench.json" not in output
-
-
 def test_an_unknown_key_in_a_card_is_named(repository, capsys):
     folder, call = repository
     with open(folder / "card.yaml", "a") as file:
@@ -282,9 +274,9 @@ def test_an_unknown_key_in_a_card_is_named(repository, capsys):
     assert "unknown recipe key 'licence' (did you mean 'license'?)" in capsys.readouterr().err
 
 
-def test_the_cards_in_this_repository_are_as_their_records_make_them(make_cards, monkeypatch, capsys):
+def test_the_cards_in_this_repository_are_as_their_records_make_them(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["cards.py", "--check"])
-    assert make_cards.main() == 0, capsys.readouterr().out
+    assert cards.main() == 0, capsys.readouterr().out
 
 
 CARDS = {path.parent: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "model_cards").glob("*/card.yaml"))}
@@ -331,7 +323,7 @@ def test_released_models_of_photographs_classify_photographs(name):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in ATTACKS if kind != "torchattacks"])
-def test_the_text_of_an_attack_tells_every_setting_that_its_row_of_the_table_uses(make_cards, kind):
+def test_the_text_of_an_attack_tells_every_setting_that_its_row_of_the_table_uses(kind):
     others = {"norm": "l2", "steps": 7, "alpha_255": 1.0, "alpha_ratio": 0.5, "eot_samples": 3, "restarts": 2}
     others |= {"random_start": False, "targeted": True, "loss": "margin", "queries": 50, "patch_size": 4}
     needed = {"source": "m"} if kind == "transfer" else {}
@@ -339,7 +331,7 @@ def test_the_text_of_an_attack_tells_every_setting_that_its_row_of_the_table_use
     def made(settings):
         found = {"attack": kind, "threat_model": "white_box", "epsilon_255": 8, "settings": settings}
         found |= {"sigma": None, "ci95": [0, 1], "num_images": 1}
-        return make_cards.attack_text(found), str(make_cards.metric_arguments(found))
+        return attack_text(found), str(metric_arguments(found))
 
     plain = made(AttackRecipe(kind, **needed).settings(8.0))
     for key in set(others) & set(ATTACKS[kind].settings):
@@ -347,8 +339,7 @@ def test_the_text_of_an_attack_tells_every_setting_that_its_row_of_the_table_use
         assert text != plain[0] and arguments != plain[1], f"{key} is not told: {text}"
 
 
-def test_the_text_of_an_attack_in_words(make_cards):
-    attack_text = make_cards.attack_text
+def test_the_text_of_an_attack_in_words():
     settings = AttackRecipe("pgd", steps=20, eot_samples=5, restarts=2, norm="l2", random_start=False).settings(8.0)
     found = {"attack": "pgd", "settings": settings}
     assert attack_text(found) == "pgd (l2, 20 steps, alpha 2, EOT 5, 2 restarts, no random start)"
