@@ -335,7 +335,9 @@ def _mean_of_votes(logits: torch.Tensor, problem_type: str | None) -> torch.Tens
     if problem_type == "regression":
         return logits.mean(dim=1)
     if problem_type == "multi_label_classification":
-        return logits.sigmoid().mean(dim=1).logit()
+        votes = nn.functional.logsigmoid(torch.stack([logits, -logits]))  # in logs: the mean may round to 0 or 1
+        for_it, against_it = votes.logsumexp(dim=2)
+        return for_it - against_it
     return torch.logsumexp(logits.log_softmax(dim=-1), dim=1) - torch.tensor(float(logits.shape[1])).log()
 
 

@@ -98,6 +98,8 @@ def _sees_the_noisy_image_alone(target: PurifiedTarget, images_01: torch.Tensor,
     taken_back = epsilon - shift / (sigma_255 / 255)
     first = target.model(pixel_values[0], epsilon=epsilon, num_votes=1, **draws).logits
     second = target.model(pixel_values[1], epsilon=taken_back, num_votes=1, **draws).logits
+    if not first.isfinite().all():
+        raise ValueError(f"{target.name}: its logits hold NaN or infinity; mend the model first")
     return torch.allclose(first, second, atol=1e-3 * float(first.abs().max().clamp_min(1)))
 
 

@@ -72,13 +72,12 @@ def check_processor(name: str, model: nn.Module, processor: Any) -> None:
             raise ValueError(f"{name}: its configuration has {key} {list(own)}, its processor does not normalize")
         if len(own) != len(theirs) or max(abs(a - b) for a, b in zip(own, theirs, strict=True)) > 1e-4:
             raise ValueError(f"{name}: its configuration has {key} {list(own)}, its processor {list(theirs)}: mend one")
-    is_purified = hasattr(config, "purifier_config")
-    size = config.purifier_config.image_size if is_purified else getattr(config, "image_size", None)
+    size = getattr(config, "image_size", None)  # of a defense what it purifies, in tiles or in one piece
     given = (processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size) or {}
-    side = given.get("height")
-    if not isinstance(size, int) or side is None or side == size or (is_purified and side > size):  # purified in tiles
-        return
-    raise ValueError(f"{name}: its configuration has image_size {size}, its processor gives {side}: mend one")
+    sides = given.get("height"), given.get("width")
+    if isinstance(size, int) and None not in sides and sides != (size, size):
+        gives = "x".join(map(str, sides))
+        raise ValueError(f"{name}: its configuration has image_size {size}, its processor gives {gives}: mend one")
 
 
 def stated_accuracy(path: str | None, target: Target, weights_hash: str) -> dict[str, Any] | None:

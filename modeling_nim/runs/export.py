@@ -172,7 +172,8 @@ def verify_export(
         `noise="inside"` the largest difference between two calls on the same images.
 
     Raises:
-        ValueError: the file differs from the model by more than `tolerance`, or draws the same noise twice.
+        ValueError: the file differs from the model by more than `tolerance`, draws the same noise twice, or answers
+            with NaN.
     """
     exported, largest = load_exported(path), 0.0
     for batch_size in (1, 3):
@@ -180,6 +181,8 @@ def verify_export(
         with torch.no_grad():
             logits = exported(*inputs)
             expected = defended(*inputs) if noise == "input" else exported(*inputs)
+        if not logits.isfinite().all():
+            raise ValueError(f"{os.fspath(path)!r} answers with NaN or infinity: mend the model's weights first")
         scale = expected.abs().max().clamp(min=1)
         largest = max(largest, float((logits - expected).abs().max() / scale))
     if noise == "input" and not largest <= tolerance:

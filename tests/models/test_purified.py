@@ -14,6 +14,8 @@ from transformers import (
     DeiTForImageClassificationWithTeacher,
     PreTrainedConfig,
     PreTrainedModel,
+    RegNetConfig,
+    RegNetForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
     ViTConfig,
@@ -70,6 +72,20 @@ def test_votes_average_probabilities(model, pixel_values):
     voted = model(pixel_values, epsilon=epsilon).logits
     torch.testing.assert_close(voted.softmax(-1), each.mean(0))
     torch.testing.assert_close(voted.exp().sum(-1), torch.ones(4))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_votes_on_several_labels_average_probabilities_and_are_finite_where_these_are_0_and_1(
+    scale, model, pixel_values
+):
+    model.config.problem_type = "multi_label_classification"
+    torch.nn.init.normal_(model.classifier.classifier.weight, std=scale)
+    epsilon, labels = torch.randn(4, 3, *pixel_values.shape[1:]), torch.ones(4, model.config.num_labels)
+    each = torch.stack([model(pixel_values, epsilon=epsilon[:, k]).logits for k in range(3)])
+    voted = model(pixel_values, epsilon=epsilon, labels=labels)
+    torch.testing.assert_close(voted.logits.sigmoid(), each.sigmoid().mean(0))
+    assert voted.logits.isfinite().all() and voted.loss.isfinite()
+    assert (each.abs().max() > 100) == (scale > 1)
 
 
 @pytest.mark.parametrize("sigma", [30, "gamma(25, 3)", torch.tensor([10.0, 20.0, 30.0, 40.0])])
@@ -281,14 +297,17 @@ IMAGE = Image.fromarray((torch.rand(50, 70, 3) * 255).byte().numpy())
     ],
     ids=["squeezed", "cropped", "not rescaled", "to 2 and not normalized", "shortest edge", "with an offset"],
 )
-def test_the_defense_sees_what_the_classifier_s_own_processor_shows(processor, size, purifier, tmp_path):
+@pytest.mark.parametrize("name", ["ResNet", "RegNet"])
+def test_the_defense_sees_what_the_classifier_s_own_processor_shows(name, processor, size, purifier, tmp_path):
     """Behind a purifier that changes nothing: processor and the step between the parts give the classifier's input."""
-    resnet = ResNetForImageClassification(
-        ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=2)
-    )
-    resnet.save_pretrained(tmp_path / "resnet")
-    processor.save_pretrained(tmp_path / "resnet")
-    classifier = ResNetForImageClassification.from_pretrained(tmp_path / "resnet").eval()
+    model_class, config_class, kind = {
+        "ResNet": (ResNetForImageClassification, ResNetConfig, {"layer_type": "basic"}),
+        "RegNet": (RegNetForImageClassification, RegNetConfig, {"layer_type": "y", "groups_width": 8}),
+    }[name]
+    config = config_class(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_labels=2, **kind)
+    model_class(config).save_pretrained(tmp_path / "classifier")
+    processor.save_pretrained(tmp_path / "classifier")
+    classifier = model_class.from_pretrained(tmp_path / "classifier").eval()
     with pytest.warns(UserWarning, match="purified at 24x24"):
         model = NIMPurifiedImageClassification.from_parts(purifier, classifier)
     assert (model.config.image_size, model.config.classifier_image_size) == (size, size)

@@ -100,7 +100,9 @@ def test_a_summary_beside_the_weights_states_an_accuracy_too(released, tmp_path,
         ({"do_normalize": False}, "its processor does not normalize"),
         ({"do_rescale": False}, "leaves pixels on 0..255"),
         ({"rescale_factor": 1 / 127.5}, "scales pixels by 0.00784"),
-        ({"size": {"height": 28, "width": 28}, "crop_size": {"height": 28, "width": 28}}, "image_size 32.*gives 28"),
+        ({"size": {"height": 28, "width": 28}, "crop_size": {"height": 28, "width": 28}}, "image_size 32.*gives 28x28"),
+        ({"size": {"height": 1_000_000, "width": 1_000_000}}, "image_size 32.*gives 1000000x1000000"),
+        ({"size": {"height": 32, "width": 40}}, "image_size 32.*gives 32x40"),
     ],
 )
 def test_a_processor_that_contradicts_its_model_stops_the_run(released, tmp_path, capsys, changes, message):

@@ -116,6 +116,10 @@ def test_a_certificate_needs_an_answer_that_sees_the_noisy_image_alone(purifier,
     for sigma, message in (("uniform(0, 30)", "one number above 0"), (0, "one number above 0")):
         with pytest.raises(ValueError, match=message):
             check_certifiable(PurifiedTarget("p", target.model, sigma=sigma), x)
+    with torch.no_grad():
+        classifier.classifier.bias += float("nan")
+    with pytest.raises(ValueError, match="p: its logits hold NaN or infinity"):
+        check_certifiable(target, x)
     target.model.config.purifier_config.patch_statistics = "input"
     with pytest.raises(ValueError, match='patch_statistics="input"'):
         check_certifiable(target, x)

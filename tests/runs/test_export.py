@@ -135,6 +135,16 @@ def test_a_file_that_is_another_model_s_is_found_out(tmp_path, purifier, classif
         verify_export(defended, path, "input")
 
 
+@pytest.mark.parametrize("noise", ["input", "inside"])
+def test_a_model_that_answers_with_nan_is_found_out(noise, tmp_path, purifier, classifier):
+    with torch.no_grad():
+        classifier.classifier.bias += float("nan")
+    defended = DefendedLogits(NIMPurifiedImageClassification.from_parts(purifier, classifier))
+    export_defended(defended, tmp_path / "model.pt2", "torch_export", noise)
+    with pytest.raises(ValueError, match="answers with NaN or infinity"):
+        verify_export(defended, tmp_path / "model.pt2", noise)
+
+
 def test_what_cannot_be_exported_is_named(export, tmp_path, classifier):
     digits = ROOT / "model_cards" / "nim-digits"
     assert export(tmp_path / "absent", tmp_path / "x.onnx") == (
