@@ -20,9 +20,8 @@ from .noise_nim import (
     add_noise,
     clamp_to_image_range,
     draw_by_image,
-    sample_epsilon,
+    noise_samplers,
     sample_mask_noise,
-    sample_sigma,
 )
 from .tiles_nim import TileGrid
 
@@ -106,11 +105,7 @@ class NIMPreTrainingMixin:
             pieces = self._num_pieces(*shape[1:], self.mask_square_size, interpolate_pos_encoding)
             return sample_mask_noise((number, pieces), generator, device)
 
-        samplers = {
-            "sigma": lambda number, generator: sample_sigma(sigma, number, generator, device),
-            "epsilon": lambda number, generator: sample_epsilon((number, *shape), generator, device, images.dtype),
-            "noise": draw_noise,
-        }
+        samplers = noise_samplers(sigma, shape, device, images.dtype) | {"noise": draw_noise}
         return draw_by_image({name: samplers[name] for name in names}, batch_size, generators)
 
     def degrade(

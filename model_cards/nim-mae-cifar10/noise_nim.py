@@ -177,6 +177,22 @@ def sample_mask_noise(
     return torch.stack([torch.rand(shape[1:], generator=g, device=g.device) for g in generators]).to(device)
 
 
+def noise_samplers(
+    sigma: str | float | int | None,
+    shape: Sequence[int],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Callable[[int, torch.Generator | None], torch.Tensor]]:
+    """What `draw_by_image` needs for Eq. 3 on images of `shape` `(C, H, W)`, in the order of the draws.
+
+    "sigma" draws `(n,)` on 0..255 from the specification `sigma`, "epsilon" draws `(n, C, H, W)`.
+    """
+    return {
+        "sigma": lambda number, generator: sample_sigma(sigma, number, generator, device),
+        "epsilon": lambda number, generator: sample_epsilon((number, *shape), generator, device, dtype),
+    }
+
+
 def draw_by_image(
     samplers: dict[str, Callable[[int, torch.Generator | None], torch.Tensor]],
     batch_size: int,
@@ -185,7 +201,7 @@ def draw_by_image(
     """What the samplers draw for a batch; under a generator image by image, one sampler after the other for each.
 
     Args:
-        samplers: functions of a number of images and a generator, such as `sample_sigma` with the rest given.
+        samplers: functions of a number of images and a generator, such as those of `noise_samplers`.
 
     Returns:
         A tensor `(B, ...)` for each sampler, under its name.

@@ -14,7 +14,7 @@ from .. import NIMPurifiedImageClassification, normalize
 from ..data.augment import augment
 from ..data.loader import to_images_01
 from ..data.randomness import generators, image_seeds
-from ..noise_nim import add_noise, draw_by_image, sample_epsilon, sample_sigma
+from ..noise_nim import add_noise, draw_by_image, noise_samplers
 from ..runs.bounds import Weight, check_fields
 from .adversary import adversarial_images, as_attacked
 from .consistency import consistent_cross_entropy
@@ -118,12 +118,7 @@ class Finetuning:
     def _draw_noise(self, named: Sequence[torch.Generator], sigma: str | float) -> dict[str, torch.Tensor]:
         """`sigma` `(B,)` on 0..255 and `epsilon` `(B, C, H, W)` for images that nobody denoises."""
         size = self.config.image_size
-        shape = (self.config.num_channels, size, size)
-        device = self.accelerator.device
-        samplers = {
-            "sigma": lambda number, generator: sample_sigma(sigma, number, generator, device),
-            "epsilon": lambda number, generator: sample_epsilon((number, *shape), generator, device),
-        }
+        samplers = noise_samplers(sigma, (self.config.num_channels, size, size), self.accelerator.device)
         return draw_by_image(samplers, len(named), named)
 
     def attack(self, clean: CleanImages, which: tuple[np.ndarray, np.ndarray], epsilon_255: float) -> torch.Tensor:

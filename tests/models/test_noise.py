@@ -12,6 +12,7 @@ from modeling_nim.noise_nim import (
     clamp_to_image_range,
     denormalize,
     draw_by_image,
+    noise_samplers,
     normalize,
     parse_sigma,
     sample_epsilon,
@@ -126,11 +127,8 @@ def test_add_noise_refuses_shapes_that_do_not_fit(sigma, shape, message):
 
 @pytest.mark.parametrize("sigma", [30, "uniform(0, 30)", "gamma(25, 3)"])
 def test_a_generator_gives_each_image_the_same_draw_at_any_batch_size(sigma):
-    samplers = {
-        "sigma": lambda number, generator: sample_sigma(sigma, number, generator),
-        "epsilon": lambda number, generator: sample_epsilon((number, 3, 6, 6), generator),
-        "noise": lambda number, generator: sample_mask_noise((number, 16), generator),
-    }
+    samplers = noise_samplers(sigma, (3, 6, 6))
+    samplers["noise"] = lambda number, generator: sample_mask_noise((number, 16), generator)
     together, one_by_one = seeded(3), seeded(3)
     batch = draw_by_image(samplers, 5, together)
     singles = [draw_by_image(samplers, 1, one_by_one) for _ in range(5)]
