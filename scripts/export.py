@@ -16,9 +16,9 @@ if __name__ == "__main__":
 import argparse
 from pathlib import Path
 
-from modeling_nim import NIMPurifiedImageClassification
-from modeling_nim.runs.errors import naming_damaged_weights, run_main
+from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.export import FORMATS, DefendedLogits, export_defended, verify_export
+from modeling_nim.runs.models import DEFENDED, load_model
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -43,8 +43,7 @@ def main() -> None:
         raise ValueError(f"{arguments.output} is to be {arguments.format}: name it {FORMATS[arguments.format]!r}")
     if not (arguments.directory / "config.json").is_file():
         raise FileNotFoundError(f"{arguments.directory} holds no config.json: pass a directory of a purified model")
-    with naming_damaged_weights(arguments.directory):
-        model = NIMPurifiedImageClassification.from_pretrained(arguments.directory)
+    model = load_model(arguments.directory, DEFENDED)
     defended = DefendedLogits(model, arguments.sigma, arguments.num_votes)
     export_defended(defended, arguments.output, arguments.format, arguments.noise)
     difference = verify_export(defended, arguments.output, arguments.noise)

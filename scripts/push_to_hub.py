@@ -31,8 +31,9 @@ from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 
 import modeling_nim
 from hub_results import results_yaml
-from modeling_nim.runs.errors import naming_damaged_weights, run_main
+from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.files import write_text
+from modeling_nim.runs.models import ModelKind, load_model
 from modeling_nim.runs.recipe import read_recipe
 from releases import RESULTS
 from reports.cards import CardFacts, DataFacts, own_results, render_card
@@ -49,14 +50,9 @@ def load_for_publication(directory: Path) -> PreTrainedModel:
         raise ValueError(
             f"{directory} holds a {names[0]}, no model of this package: publish it with its own push_to_hub"
         )
-    with naming_damaged_weights(directory):
-        model, report = model_class.from_pretrained(directory, output_loading_info=True)
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[problem]:
-            raise ValueError(
-                f"{directory} does not fit its configuration, {problem.replace('_', ' ')}: {report[problem]}"
-            )
-    return model
+    classes = {model_class.config_class.model_type: model_class}
+    kind = ModelKind(names[0], "a directory that save_pretrained wrote", classes)
+    return load_model(directory, kind, exact=True)
 
 
 def stage(model: PreTrainedModel, args: argparse.Namespace, staging: Path) -> None:

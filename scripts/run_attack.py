@@ -28,7 +28,7 @@ from modeling_nim.data import load_source
 from modeling_nim.robustness.alarms import print_alarms
 from modeling_nim.robustness.checks import stated_accuracy
 from modeling_nim.robustness.images import SourceImages
-from modeling_nim.robustness.loading import load_purifier, load_targets, model_hash
+from modeling_nim.robustness.loading import load_targets, load_with_processor, model_hash
 from modeling_nim.robustness.pictures import pictured_jobs, reconstruction_records, store_pictures, store_reconstruction
 from modeling_nim.robustness.protocols import default_sigmas, resolve
 from modeling_nim.robustness.recipes import AttackRunRecipe
@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     stated = [stated_accuracy(paths[target.name], target, model_hash(target.weights)) for target in targets]
     purifiers = {}
     if recipe.reconstruction is not None:
-        purifiers = {n: load_purifier(path, accelerator.device) for n, path in recipe.reconstruction.purifiers.items()}
+        named = recipe.reconstruction.purifiers
+        purifiers = {name: load_with_processor(path, accelerator.device) for name, path in named.items()}
     run = AttackRun(targets, images, plan, recipe.micro_batch, stated)
     if recipe.pictures is not None:
         pictured_jobs(recipe.pictures, targets, run.jobs)  # before hours of attacks, not after

@@ -42,7 +42,7 @@ from modeling_nim.noise_nim import MAX_SIGMA_255
 from modeling_nim.runs.bounds import Bounds, Pixels, Seed, check_fields
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.locks import lock_output_dir
-from modeling_nim.runs.models import set_attention
+from modeling_nim.runs.models import load_purifier, set_attention
 from modeling_nim.runs.recipe import parse_command_line
 from modeling_nim.training.adversary import AdversaryRecipe, epsilon_255_at
 from modeling_nim.training.checkpoints import load_newest_checkpoint, save_checkpoint
@@ -52,7 +52,6 @@ from modeling_nim.training.models import (
     enable_activation_checkpointing,
     load_classifier,
     load_frozen_classifier,
-    load_purifier,
     save_model_dir,
     write_model_dir,
 )
@@ -256,7 +255,9 @@ def make_models(
         classifier = load_classifier(recipe.init, class_names, recipe.drop_path_rate)
     purified_model, parts = None, [classifier]
     if recipe.purifier:
-        purifier = load_purifier(recipe.purifier, trains != "classifier", recipe.mask_ratio).to(accelerator.device)
+        purifier = load_purifier(recipe.purifier, recipe.mask_ratio).to(accelerator.device)
+        if trains == "classifier":
+            purifier.requires_grad_(False)
         if execution.compile and trains == "classifier":
             purifier.reconstruct = torch.compile(purifier.reconstruct)
         size = recipe.image_size

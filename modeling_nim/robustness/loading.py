@@ -1,26 +1,27 @@
 """Models as users run them: the model and the normalization of its `pipeline("image-classification", ...)`."""
 
 import hashlib
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    AutoModelForPreTraining,
-)
+from transformers import AutoImageProcessor
 
 from ..data import ImageSource
-from ..families_nim import PURIFIERS
 from ..image_processing import image_processor_for
 from ..modeling_nim_purified import NIMPurifiedImageClassification
 from ..noise_nim import parse_sigma
-from ..runs.errors import naming_damaged_weights
-from ..runs.models import load_config, set_attention, set_mask_ratio
+from ..runs.models import (
+    CLASSIFIER,
+    COMPOSED_TYPE,
+    load_config,
+    load_model,
+    load_purifier,
+    set_attention,
+    set_mask_ratio,
+)
 from .checks import check_processor
 from .functions import is_function, named_function
 from .images import TensorImages
@@ -124,18 +125,13 @@ def _load_model(recipe: EvaluatedModelRecipe) -> tuple[nn.Module, Any]:
     if path is None and is_function(purifier):
         if recipe.mask_ratio is not None or recipe.smoothed:
             raise ValueError(f"model {recipe.name!r}: {purifier!r} is a function; leave mask_ratio and smoothed out")
-        model = _load(AutoModelForImageClassification, classifier, trust)
+        model = load_model(classifier, CLASSIFIER, trust)
         return model, AutoImageProcessor.from_pretrained(classifier, backend="pil", trust_remote_code=trust)
     if path is None:
-        parts = (
-            _load(AutoModelForPreTraining, purifier, trust),
-            _load(AutoModelForImageClassification, classifier, trust),
-        )
-        if recipe.mask_ratio is not None:
-            set_mask_ratio(parts[0], recipe.mask_ratio)
+        parts = load_purifier(purifier, recipe.mask_ratio, trust), load_model(classifier, CLASSIFIER, trust)
         model = NIMPurifiedImageClassification.from_parts(*parts, **recipe.classifier_settings())
         return model, image_processor_for(model.config)
-    model = _load(AutoModelForImageClassification, path, trust)
+    model = load_model(path, CLASSIFIER, trust)
     if recipe.mask_ratio is not None:
         if not isinstance(model, NIMPurifiedImageClassification):
             raise ValueError(f"model {recipe.name!r} at {path!r} has no purifier: leave mask_ratio out")
@@ -211,35 +207,15 @@ def check_losses(targets: Sequence[Target], attacks: Sequence[AttackRecipe]) -> 
                 )
 
 
-def load_purifier(path: str, device: torch.device | str) -> tuple[nn.Module, Any]:
-    """A pre-trained model and its processor."""
-    model = _load(AutoModelForPreTraining, path).eval().requires_grad_(False).to(device)
-    return model, AutoImageProcessor.from_pretrained(path, backend="pil")
+def load_with_processor(path: str, device: torch.device | str) -> tuple[nn.Module, Any]:
+    """The purifier at `path`, its weights frozen, and the image processor that was saved with it.
 
-
-def _load(auto_class: type, path: str, trust_remote_code: bool = False) -> nn.Module:
-    config = load_config(path, trust_remote_code)
-    if trust_remote_code and getattr(config, "auto_map", None):
-        warnings.warn(f"{path}: runs the Python code that lies beside the weights; read it first", stacklevel=2)
-    classifies = auto_class is AutoModelForImageClassification
-    if not classifies and config.model_type in PURIFIERS:
-        auto_class = PURIFIERS[config.model_type]  # transformers' own MAE cannot purify; its checkpoints load into ours
-    elif type(config) not in auto_class._model_mapping and not (
-        trust_remote_code and auto_class.__name__ in getattr(config, "auto_map", {})
-    ):
-        raise ValueError(
-            f"{path!r} is a {config.model_type!r} model, no {'classifier' if classifies else 'purifier'}; name "
-            + ("a fine-tuned or purified one" if classifies else "a pre-trained NIM or MIM model")
-        )
-    with naming_damaged_weights(path):
-        model, info = auto_class.from_pretrained(path, output_loading_info=True, trust_remote_code=trust_remote_code)
-    if info["missing_keys"] or info["mismatched_keys"]:
-        missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-        raise ValueError(
-            f"{path!r} lacks {len(missing)} weights of a {type(model).__name__}, e.g. {missing[0]!r}: it would be "
-            "evaluated with random ones. Name a fine-tuned checkpoint"
-        )
-    return model
+    Of the purifier in a composed model, whose processor is made for the whole, it is the one of its configuration.
+    """
+    purifier = load_purifier(path).requires_grad_(False).to(device)
+    if load_config(path).model_type == COMPOSED_TYPE:
+        return purifier, image_processor_for(purifier.config)
+    return purifier, AutoImageProcessor.from_pretrained(path, backend="pil")
 
 
 def model_hash(model: nn.Module) -> str:

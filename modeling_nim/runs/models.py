@@ -1,12 +1,24 @@
-"""Models that a recipe names: the configuration, or an error that says what is wrong; their attention and masks."""
+"""Models that a recipe names: loaded whole, or an error that says what is wrong; their attention and masks."""
 
 import os
-from collections.abc import Sequence
-from typing import Literal
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForPreTraining,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from ..families_nim import PURIFIERS
+from ..modeling_nim_purified import NIMPurifiedImageClassification
+from .errors import naming_damaged_weights
 
 
 # On a CPU, one core, forward and backward: SDPA in bf16 takes 60 times as long as plain products at 17 tokens, 4 times
@@ -43,6 +55,112 @@ def _read_config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
             ) from None
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"config.json of {path!r} makes no model: {kind}{str(error)[:400]}") from None
+
+
+@dataclass(frozen=True)
+class ModelKind:
+    """What a caller of `load_model` can use.
+
+    Args:
+        name: in an error, such as "classifier".
+        remedy: what to name instead of a model that is none.
+        classes: the class that loads each model type.
+        auto_class: for the other types, and for models with Python code of their own.
+        remote_only: `auto_class` is for models with code of their own alone.
+    """
+
+    name: str
+    remedy: str
+    classes: Mapping[str, type[PreTrainedModel]] = field(default_factory=dict)
+    auto_class: type | None = None
+    remote_only: bool = False
+
+    def class_for(self, path: str, config: PreTrainedConfig, trust_remote_code: bool) -> type:
+        """The class that loads a model of this configuration; ValueError where it is of another kind."""
+        if config.model_type in self.classes:
+            return self.classes[config.model_type]
+        if self.auto_class is not None:
+            if trust_remote_code and self.auto_class.__name__ in (getattr(config, "auto_map", None) or {}):
+                return self.auto_class
+            if not self.remote_only and type(config) in self.auto_class._model_mapping:
+                return self.auto_class
+        raise ValueError(f"{path!r} is a {config.model_type!r} model, no {self.name}; name {self.remedy}")
+
+
+COMPOSED_TYPE = NIMPurifiedImageClassification.config_class.model_type
+CLASSIFIER = ModelKind(
+    "classifier", "a fine-tuned or purified one", auto_class=AutoModelForImageClassification
+)  # any of transformers
+DEFENDED = ModelKind(
+    "purified model", "a directory of a NIMPurifiedImageClassification", {COMPOSED_TYPE: NIMPurifiedImageClassification}
+)
+# transformers' own MAE cannot purify, its checkpoints load into our class
+PURIFIER = ModelKind(
+    "purifier",
+    "a pre-trained NIM or MIM model, or a purified one",
+    PURIFIERS | DEFENDED.classes,
+    AutoModelForPreTraining,
+    remote_only=True,
+)
+
+
+def load_model(
+    path: str | os.PathLike,
+    kind: ModelKind,
+    trust_remote_code: bool = False,
+    fresh: Sequence[str] = (),
+    exact: bool = False,
+    **settings: Any,
+) -> PreTrainedModel:
+    """The model of a directory or of a Hub id, in evaluation mode, every weight from its file.
+
+    Args:
+        kind: `CLASSIFIER`, `PURIFIER`, `DEFENDED` or a caller's own.
+        trust_remote_code: run the Python code that lies beside the weights.
+        fresh: beginnings of the names that the file may lack; these weights are initialized.
+        exact: refuse a file that holds weights which the model has no place for.
+        settings: of `from_pretrained`, such as fields of the configuration or `dtype`.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: the model is of another kind, or its file is damaged or holds other weights.
+    """
+    path = os.fspath(path)
+    config = load_config(path, trust_remote_code)
+    if trust_remote_code and getattr(config, "auto_map", None):
+        warnings.warn(f"{path}: runs the Python code that lies beside the weights; read it first", stacklevel=2)
+    model_class = kind.class_for(path, config, trust_remote_code)
+    with naming_damaged_weights(path):
+        model, info = model_class.from_pretrained(
+            path, output_loading_info=True, trust_remote_code=trust_remote_code, **settings
+        )
+    missing = sorted(key for key in map(str, info["missing_keys"]) if not key.startswith(tuple(fresh)))
+    left_over = sorted(map(str, info["unexpected_keys"])) if exact else []
+    if missing:
+        raise ValueError(
+            f"{path!r} lacks {len(missing)} weights of a {type(model).__name__}, e.g. {missing[0]!r}, which would be "
+            "random: name a finished model"
+        )
+    if left_over:
+        raise ValueError(
+            f"{path!r} holds {len(left_over)} weights that a {type(model).__name__} has no place for, e.g. "
+            f"{left_over[0]!r}: name a model of this package"
+        )
+    return model
+
+
+def load_purifier(
+    path: str | os.PathLike, mask_ratio: float | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The purifier at `path`, or the one in the composed model there, in evaluation mode.
+
+    `mask_ratio` is the share of patches that it hides, in place of its own. Raises what `load_model` raises.
+    """
+    model = load_model(path, PURIFIER, trust_remote_code)
+    purifier = model.purifier if isinstance(model, NIMPurifiedImageClassification) else model
+    if mask_ratio is not None:
+        set_mask_ratio(purifier, mask_ratio)
+    return purifier
 
 
 def set_attention(

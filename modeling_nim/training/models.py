@@ -8,13 +8,19 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from torch.optim.swa_utils import AveragedModel
-from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from .. import MODEL_SIZES, NIMPurifiedConfig, NIMPurifiedImageClassification
-from ..families_nim import ARCHITECTURES, BEGINNINGS, PURIFIERS
-from ..runs.errors import naming_damaged_weights
+from .. import MODEL_SIZES, NIMPurifiedImageClassification
+from ..families_nim import ARCHITECTURES, BEGINNINGS, CLASSIFIERS
 from ..runs.files import INCOMPLETE, naming_path, remove, sync
-from ..runs.models import load_config, set_mask_ratio
+from ..runs.models import CLASSIFIER, COMPOSED_TYPE, DEFENDED, ModelKind, load_config, load_model
+
+
+BEGINNING = ModelKind(
+    "model that fine-tuning starts from",
+    f"one of {', '.join(BEGINNINGS)} (scripts/convert_checkpoint.py makes them from published MAE and SimMIM weights)",
+    BEGINNINGS,
+)
 
 
 @dataclass
@@ -69,29 +75,20 @@ def load_classifier(path: str, class_names: list[str] | None, drop_path_rate: fl
     if not class_names:
         raise ValueError("the labels of this stream have no names; fine-tune without data.streaming, which counts them")
     config = load_config(path)
-    model_type = config.model_type
-    if model_type == NIMPurifiedConfig.model_type:
+    if config.model_type == COMPOSED_TYPE:
         return _composed_classifier(path, config, len(class_names), drop_path_rate)
-    if model_type not in BEGINNINGS:
-        raise ValueError(
-            f"{path!r} is a {model_type!r} model; fine-tuning starts from one of {', '.join(BEGINNINGS)} "
-            "(scripts/convert_checkpoint.py makes them from published MAE and SimMIM weights)"
-        )
-    with naming_damaged_weights(path):
-        model, info = BEGINNINGS[model_type].from_pretrained(
-            path,
-            id2label=dict(enumerate(class_names)),
-            label2id={name: label for label, name in enumerate(class_names)},
-            drop_path_rate=drop_path_rate,
-            output_loading_info=True,
-        )
+    if config.model_type in CLASSIFIERS:
+        _require_classes(path, config, len(class_names))
+    model = load_model(
+        path,
+        BEGINNING,
+        fresh=() if config.model_type in CLASSIFIERS else ("fc_norm.", "classifier."),
+        exact=True,
+        id2label=dict(enumerate(class_names)),
+        label2id={name: label for label, name in enumerate(class_names)},
+        drop_path_rate=drop_path_rate,
+    )
     require_rgb(model.config)
-    missing = [key for key in info["missing_keys"] if not key.startswith(("fc_norm.", "classifier."))]
-    if missing or info["unexpected_keys"]:
-        raise ValueError(
-            f"the weights of {path!r} do not fit: missing {sorted(missing)}, "
-            f"left over {sorted(info['unexpected_keys'])}"
-        )
     return model
 
 
@@ -104,54 +101,27 @@ def _composed_classifier(
             f"the classifier of {path!r} is a {config.classifier_config.model_type!r} model, which is not fine-tuned "
             f"here; name a composed model with one of {', '.join(BEGINNINGS)}"
         )
+    _require_classes(path, config, num_classes)
+    config.classifier_config.drop_path_rate = drop_path_rate
+    return load_model(path, DEFENDED, config=config).classifier
+
+
+def _require_classes(path: str, config: PreTrainedConfig, num_classes: int) -> None:
     if config.num_labels != num_classes:
         raise ValueError(
             f"{path!r} knows {config.num_labels} classes and the data have {num_classes}: use the data it was made for"
         )
-    config.classifier_config.drop_path_rate = drop_path_rate
-    with naming_damaged_weights(path):
-        return NIMPurifiedImageClassification.from_pretrained(path, config=config).classifier
 
 
 def load_frozen_classifier(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """Any image classifier of transformers, or the one in a composed model: in evaluation mode, its weights frozen.
 
-    `trust_remote_code` runs the Python code that lies beside the weights. Raises ValueError when `path` is no
-    classifier or weights are missing.
+    `trust_remote_code` runs the Python code that lies beside the weights. Raises what `load_model` raises.
     """
-    config = load_config(path, trust_remote_code)
-    remote = trust_remote_code and AutoModelForImageClassification.__name__ in getattr(config, "auto_map", {})
-    if type(config) not in AutoModelForImageClassification._model_mapping and not remote:
-        raise ValueError(f"{path!r} is a {config.model_type!r} model, no classifier; name a fine-tuned or purified one")
-    with naming_damaged_weights(path):
-        model, info = AutoModelForImageClassification.from_pretrained(
-            path, trust_remote_code=trust_remote_code, output_loading_info=True
-        )
-    if info["missing_keys"]:
-        raise ValueError(f"{path!r} lacks weights of a {type(model).__name__}: {sorted(info['missing_keys'])}")
-    if config.model_type == NIMPurifiedConfig.model_type:
+    model = load_model(path, CLASSIFIER, trust_remote_code)
+    if isinstance(model, NIMPurifiedImageClassification):
         model = model.classifier
     return model.requires_grad_(False).eval()
-
-
-def load_purifier(path: str, trainable: bool = False, mask_ratio: float | None = None) -> PreTrainedModel:
-    """The purifier at `path`, which may be a composed model: frozen and in evaluation mode, unless it is `trainable`.
-
-    `mask_ratio` is the share of patches that it hides, in place of its own.
-    """
-    model_type = load_config(path).model_type
-    with naming_damaged_weights(path):
-        if model_type == NIMPurifiedConfig.model_type:
-            purifier = NIMPurifiedImageClassification.from_pretrained(path).purifier
-        elif model_type in PURIFIERS:
-            purifier = PURIFIERS[model_type].from_pretrained(path)
-        else:
-            raise ValueError(
-                f"{path!r} is a {model_type!r} model, which cannot purify; name a pre-trained NIM or MIM model"
-            )
-    if mask_ratio is not None:
-        set_mask_ratio(purifier, mask_ratio)
-    return purifier if trainable else purifier.requires_grad_(False).eval()
 
 
 def require_rgb(config: PreTrainedConfig) -> None:

@@ -28,6 +28,7 @@ from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.export import DefendedLogits, export_defended, load_exported
 from modeling_nim.runs.files import write_json
 from modeling_nim.runs.machine import count_flops, machine, seconds_of
+from modeling_nim.runs.models import DEFENDED, load_model
 
 
 ON_GPU = torch.cuda.is_available()
@@ -63,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
 def make_model(arguments: argparse.Namespace) -> tuple[str, NIMPurifiedImageClassification]:
     """The model to measure, and what it is called: a directory's, or one of a size with random weights."""
     if arguments.model:
-        model = NIMPurifiedImageClassification.from_pretrained(arguments.model)
+        model = load_model(arguments.model, DEFENDED)
         return f"{arguments.model}, purifier and classifier", model
     size = MODEL_SIZES[arguments.size] | {"image_size": arguments.image_size}
     purifier = NIMForPreTraining(NIMConfig(**size))

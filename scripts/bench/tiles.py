@@ -10,12 +10,12 @@ import argparse
 
 import numpy as np
 import torch
-from transformers import AutoModelForImageClassification, AutoModelForPreTraining
 
 from modeling_nim import NIMPurifiedImageClassification
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.files import write_json
 from modeling_nim.runs.machine import count_flops, machine, seconds_of
+from modeling_nim.runs.models import CLASSIFIER, load_model, load_purifier
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -34,10 +34,7 @@ def main() -> None:
     arguments = parse_arguments()
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    parts = (
-        AutoModelForPreTraining.from_pretrained(arguments.purifier),
-        AutoModelForImageClassification.from_pretrained(arguments.classifier, trust_remote_code=True),
-    )
+    parts = load_purifier(arguments.purifier), load_model(arguments.classifier, CLASSIFIER, trust_remote_code=True)
     model = NIMPurifiedImageClassification.from_parts(*parts, sigma=30).eval().to(device)
     if arguments.bf16:
         model.purifier.set_attn_implementation("eager")

@@ -29,6 +29,7 @@ from modeling_nim import (
     image_processor_for,
 )
 from modeling_nim.robustness import loading
+from modeling_nim.runs.models import load_purifier
 from modeling_nim.training import models as training_models
 
 
@@ -331,9 +332,9 @@ def test_transformers_mae_checkpoints_serve_as_purifiers_in_recipes(tmp_path, ro
     theirs.save_pretrained(tmp_path)
     image_processor_for(NIMConfig(**TINY)).save_pretrained(tmp_path)
     if room == "training":
-        purifier = training_models.load_purifier(str(tmp_path))
+        purifier = load_purifier(str(tmp_path)).requires_grad_(False)
     else:
-        purifier, _ = loading.load_purifier(str(tmp_path), "cpu")
+        purifier, _ = loading.load_with_processor(str(tmp_path), "cpu")
     assert isinstance(purifier, NIMForPreTraining) and not any(p.requires_grad for p in purifier.parameters())
     noise = torch.rand(4, 16)
     torch.testing.assert_close(purifier(pixel_values, noise=noise).logits, theirs(pixel_values, noise=noise).logits)

@@ -107,7 +107,7 @@ CONVERT = "convert_checkpoint --source nim-mae --output_dir INPUTS/out --checkpo
         ("run_finetune INPUTS/finetune.yaml init=INPUTS/damaged", ["damaged' are damaged", "again"]),
         ("run_finetune INPUTS/finetune.yaml init=INPUTS/gray", ["1 channels"]),
         ("run_finetune INPUTS/finetune.yaml purifier=INPUTS/gray", ["gives 1 channels", "takes 3"]),
-        ("run_finetune INPUTS/finetune.yaml purifier=INPUTS/classifier", ["'nim_classifier'", "cannot purify"]),
+        ("run_finetune INPUTS/finetune.yaml purifier=INPUTS/classifier", ["'nim_classifier' model, no purifier"]),
         ("run_finetune INPUTS/finetune.yaml defense_sigma=-3", ["'defense_sigma' must be at least 0", "-3"]),
         ("run_finetune INPUTS/finetune.yaml drop_path_rate=2", ["drop_path_rate", "at least 0 and below 1", "got 2"]),
         (f"run_finetune INPUTS/finetune.yaml {FOLDER}", ["no images under"]),

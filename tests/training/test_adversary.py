@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from training_runs import FINETUNE, PRETRAIN, SERVER, TINY, last_step, load_script, losses, run
 
 from modeling_nim import NIMConfig, NIMForPreTraining, NIMPurifiedImageClassification
-from modeling_nim.runs.models import set_attention
+from modeling_nim.runs.models import load_purifier, set_attention
 from modeling_nim.training.adversary import AdversaryRecipe, adversarial_images, as_attacked, epsilon_255_at
 from modeling_nim.training.finetuning import Finetuning
-from modeling_nim.training.models import load_classifier, load_purifier
+from modeling_nim.training.models import load_classifier
 from modeling_nim.training.optimization import OptimizationRecipe, make_plan, parameter_settings, soft_cross_entropy
 
 
@@ -108,7 +108,7 @@ def _check_draws(model_dir):
     torch.set_num_threads(1)
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=True)
-    purifier = load_purifier(model_dir, trainable=True)
+    purifier = load_purifier(model_dir)
     model = NIMPurifiedImageClassification.from_parts(purifier, load_classifier(model_dir, list("0123456789"), 0.0))
     frozen = [name for name, weight in model.named_parameters() if not weight.requires_grad]
     assert frozen == [
