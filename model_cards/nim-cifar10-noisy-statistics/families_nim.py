@@ -17,10 +17,12 @@ class Family:
     """An encoder with what is built on it; each class knows its configuration's (`config_class`).
 
     Args:
+        name: what files of recipes call it.
         encoder, pretraining, classifier: the classes; `pretraining` is the purifier.
         also_loads: model types of transformers whose checkpoints load into these classes.
     """
 
+    name: str
     encoder: type[PreTrainedModel]
     pretraining: type[PreTrainedModel]
     classifier: type[PreTrainedModel]
@@ -44,8 +46,8 @@ class Architecture:
     degradation: Literal["noise", "mask", "noise+mask"]
 
 
-MAE = Family(NIMModel, NIMForPreTraining, NIMForImageClassification, also_loads=(ViTMAEConfig.model_type,))
-SIMMIM = Family(NIMSimMIMModel, NIMSimMIMForPreTraining, NIMSimMIMForImageClassification)
+MAE = Family("mae", NIMModel, NIMForPreTraining, NIMForImageClassification, also_loads=(ViTMAEConfig.model_type,))
+SIMMIM = Family("simmim", NIMSimMIMModel, NIMSimMIMForPreTraining, NIMSimMIMForImageClassification)
 FAMILIES = (MAE, SIMMIM)
 
 ARCHITECTURES = {

@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from modeling_nim.families_nim import ARCHITECTURES
+
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -72,11 +74,6 @@ def slug(value: str) -> str:
     return re.sub(r"[^0-9A-Za-z.]+", "_", value).strip("_")
 
 
-def family_of(name: str) -> str:
-    """Whose recipes an architecture, or a model that is named after one, is trained with."""
-    return "simmim" if "simmim" in name else "mae"
-
-
 @dataclass(frozen=True)
 class Lab:
     """Makes steps from the recipes of one folder; `small` is the share of training that the ablations get."""
@@ -120,7 +117,7 @@ class Lab:
         overrides = [f"model.architecture={architecture}", *(f"model.config.{setting}" for setting in config)]
         overrides += [f"model.config.sigma={sigma}"] if sigma else []
         overrides += [f"optimization.epochs={self.pretrain_epochs:g}"] if self.pretrain_epochs else []
-        recipe = f"pretrain_{family_of(architecture)}.yaml"
+        recipe = f"pretrain_{ARCHITECTURES[architecture].family.name}.yaml"
         return self.step("run_pretrain.py", recipe, f"pretrain/{name}{self.tag}", overrides, ())
 
     def finetune(
@@ -128,7 +125,9 @@ class Lab:
     ) -> Step:
         """A classifier of original images, or of images denoised at a `sigma` drawn from this distribution."""
         name = Path(encoder.output_dir).name.removesuffix(self.tag)
-        recipe = "finetune.yaml" if self.dataset == "cifar10" else f"finetune_{family_of(name)}.yaml"
+        settings = dict(word.split("=", 1) for word in encoder.arguments if "=" in word)
+        family = ARCHITECTURES[settings["model.architecture"]].family.name
+        recipe = "finetune.yaml" if self.dataset == "cifar10" else f"finetune_{family}.yaml"
         overrides = [f"init={encoder.output_dir}", f"images={'denoised' if sigma else 'original'}"]
         overrides += [f"sigma={sigma}", "defense_sigma=30"] if sigma else []
         overrides += more
