@@ -32,12 +32,21 @@ class Column:
 
 @dataclass(frozen=True)
 class Step:
-    """One command: a script with what follows it on its line, where its output goes, and the steps that come before."""
+    """One command: a script with what follows it on its line, where its output goes, and the steps that come before.
+
+    `makes` is the file that is there when the step is done.
+    """
 
     script: str
     output_dir: str
     arguments: tuple[str, ...]
     needs: tuple["Step", ...] = ()
+    makes: str = "config.json"
+
+    @property
+    def target(self) -> str:
+        """The path of what is made."""
+        return f"{self.output_dir}/{self.makes}"
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,8 @@ class Lab:
             named = {override.partition("=")[0] for override in overrides}
             moved = [override for override in self._moved(files[0]) if override.partition("=")[0] not in named]
             overrides = [*moved, *FULL_OVERRIDES.get(recipe, []), *overrides]
-        return Step(script, output_dir, (*files, f"output_dir={output_dir}", *overrides), tuple(needs))
+        makes = {"run_attack.py": "summary.json", "run_certify.py": "certified.json"}.get(script, "config.json")
+        return Step(script, output_dir, (*files, f"output_dir={output_dir}", *overrides), tuple(needs), makes)
 
     def _moved(self, recipe: str) -> list[str]:
         """Overrides that look for the models of an evaluation where the full size puts them."""
@@ -111,6 +121,12 @@ class Lab:
             for key, value in named.items()
             if isinstance(value, str) and value.startswith(old)
         ]
+
+    def convert(self, checkpoint: str, *options: str) -> Step:
+        """A checkpoint of the authors of MAE."""
+        output_dir = f"{self.outputs}/convert/{checkpoint}"
+        arguments = ("--source", "mae", "--checkpoint", f"checkpoints/{checkpoint}.pth", *options)
+        return Step("convert_checkpoint.py", output_dir, (*arguments, "--output_dir", output_dir))
 
     def pretrain(self, architecture: str, sigma: str | None = None, name: str = "", config: Sequence[str] = ()) -> Step:
         name = name or architecture + (f"-{slug(sigma)}" if sigma else "")
@@ -216,17 +232,8 @@ def table_1(lab: Lab, systems: Sequence[str]) -> list[Row]:
             continue
         result = system.lower().replace("-", "_").replace(", ", "_")
         if system == "MAE, released":  # its fine-tuned ViT-B, pre-trained for 1,600 epochs, and its ViT-L for pictures
-            classifier, purifier = (
-                Step(
-                    "convert_checkpoint.py",
-                    f"{lab.outputs}/convert/{name}",
-                    ("--source", "mae", "--checkpoint", f"checkpoints/{name}.pth", *options),
-                )
-                for name, options in (
-                    ("mae_finetuned_vit_base", ()),
-                    ("mae_visualize_vit_large_ganloss", ("--no_norm_pix_loss",)),
-                )
-            )
+            classifier = lab.convert("mae_finetuned_vit_base")
+            purifier = lab.convert("mae_visualize_vit_large_ganloss", "--no_norm_pix_loss")
         elif system.startswith("NIM"):
             purifier = lab.pretrain(result, SIGMA)
             classifier = lab.denoised(purifier)

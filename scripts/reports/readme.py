@@ -28,7 +28,7 @@ import jinja2
 
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.help import RecipeKey, recipe_keys
-from reports.tables import environment, keep_as_made, read_result
+from reports.tables import TEMPLATES, environment, keep_as_made, read_result
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +62,7 @@ def recipe_sections() -> list[tuple[str, list[RecipeKey]]]:
 @cache
 def templates(results: Path) -> jinja2.Environment:
     """The templates, which know the content of `results` by folder and file."""
-    known = environment(Path(__file__).parent / "templates")
+    known = environment(TEMPLATES)
     known.globals["recipe_sections"] = recipe_sections
     for folder in (path for path in results.iterdir() if path.is_dir()):
         known.globals[folder.name] = {path.stem: read_result(path) for path in folder.glob("*.json")}

@@ -14,6 +14,7 @@ from modeling_nim.robustness.recipes import settings_text
 from modeling_nim.runs.files import write_text
 
 
+TEMPLATES = Path(__file__).parent / "templates"
 Row = dict[str, Any]  # one of the `rows` of a summary.json or certified.json
 
 

@@ -1,6 +1,5 @@
 """The recipes of whole data sets and the map from the paper's rows to them, read by the loaders that will run them."""
 
-import gzip
 import json
 import os
 import re
@@ -11,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import reference
+import yaml
 
 from modeling_nim.robustness.certification import CertifyRecipe
 from modeling_nim.robustness.protocols import resolve
 from modeling_nim.robustness.recipes import AttackRunRecipe
 from modeling_nim.runs.recipe import parse_command_line
 from modeling_nim.training.models import make_config
-from recipes.studies import STUDIES, Column, Row, Step, Study, Table
+from recipes.studies import STUDIES, TABLE_2, TABLE_3, TABLE_4, Column, Row, Step, Study, Table
 from reports import paper_tables
 
 
@@ -45,17 +45,37 @@ def load_step(step):
     return parse_command_line("", schemas[step.script], [*step.arguments])
 
 
-def test_every_row_of_the_paper_is_there():
-    tables = STUDIES["imagenet"]().tables
-    sizes = {table.title.partition(":")[0]: len(table.rows) for table in tables}
-    # the paper's tables, and three rows of its other version, whose numbers are not in the text
-    # the paper's rows and those of noise and masks together
-    assert sizes == {"Table 1": 10 + 3, "Table 2": 10, "Table 3": 7, "Table 4": 12, "NeurIPS protocol": 3}
-    for table in tables:
+def test_every_row_of_the_paper_is_there_with_its_numbers():
+    """Each row's defense or sigmas, and its white-box accuracy in the paper."""
+    tables = {table.title.partition(":")[0]: table for table in STUDIES["imagenet"]().tables}
+    white_box = {
+        title: {row.labels: row.paper.get("white_box") for row in table.rows} for title, table in tables.items()
+    }
+    assert white_box["Table 1"] == {
+        ("SimMIM", "-"): 6.65,
+        ("SimMIM", "mask 0.6"): 13.12,
+        ("NIM-SimMIM", "-"): 10.91,
+        ("NIM-SimMIM", "sigma 30"): 42.38,
+        ("MAE", "-"): 3.12,
+        ("MAE", "mask 0.75"): 29.79,
+        ("MAE, released", "-"): 2.13,
+        ("MAE, released", "mask 0.75, ViT-L with GAN loss"): 34.66,
+        ("NIM-MAE", "-"): 7.36,
+        ("NIM-MAE", "sigma 30"): 43.92,
+        # not the paper's
+        ("NIM-MAE with masks (DMAE)", "-"): None,
+        ("NIM-MAE with masks (DMAE)", "sigma 30, mask 0.75"): None,
+        ("NIM-MAE with masks (DMAE)", "sigma 30, no masks"): None,
+    }
+    assert white_box["Table 2"] == {(sigma, defense): number for sigma, defense, _, number in TABLE_2}
+    assert white_box["Table 3"] == {(sigma, 30): number for sigma, _, number in TABLE_3}
+    original = {("original images", 40): white_box["Table 2"]["gamma(25, 3)", 40]}
+    assert white_box["Table 4"] == original | {(sigma, 30): number for sigma, _, number in TABLE_4}
+    # the paper's other version, whose numbers are not in its text
+    assert white_box["NeurIPS protocol"] == {("NIM-MAE", sigma): None for sigma in (None, 70, 140)}
+    for table in tables.values():
         for row in table.rows:
-            ours = "NeurIPS" in table.title or row.result == "nim_mae_masked"
-            assert set(row.paper) == (set() if ours else set(table.columns))
-            assert all(0 < number < 100 for number in row.paper.values())
+            assert set(row.paper) in (set(), set(table.columns))
 
 
 @every_study
@@ -193,9 +213,10 @@ def test_ours_stand_beside_the_papers(results, capsys):
         "scripts/run_finetune.py",
         "scripts/run_attack.py",
     ]
-    assert lines[-2:] == ["python scripts/reports/paper_tables.py --dataset imagenet --collect", "```"]
-    commands = [line for line in lines if line.startswith("accelerate")]
-    assert len(commands) == len(set(commands))
+    kept = "outputs/imagenet/attack/nim_mae results/imagenet/nim_mae.json"
+    assert lines[start + 4] == f"python scripts/reports/collect.py {kept}"
+    commands = [line for line in lines if line.startswith("python")]
+    assert len(commands) == len(set(commands)) and lines[-1] == "```"
 
 
 def test_steps_that_are_done_are_left_out(results, capsys):
@@ -237,7 +258,8 @@ def tiny_world(tmp_path, monkeypatch):
 
     def step(script, name, *needs):
         inputs = tuple(f"init={needed.output_dir}" for needed in needs)
-        return Step(script, f"outputs/{name}", (f"output_dir=outputs/{name}", *inputs), needs)
+        makes = "summary.json" if script == "run_attack.py" else "config.json"
+        return Step(script, f"outputs/{name}", (f"output_dir=outputs/{name}", *inputs), needs, makes)
 
     pretrained = step("run_pretrain.py", "pretrain")
     chain = step("run_pretrain.py", "more", step("run_pretrain.py", "finetune", step("run_pretrain.py", "other")))
@@ -265,15 +287,21 @@ output_dir.mkdir(parents=True)
 row = {"model": "m", "sigma": None, "attack": "none", "accuracy": 50.0, "ci95": [40.0, 60.0], "num_images": 9}
 (output_dir / "config.json").write_text("{}")
 (output_dir / "summary.json").write_text(json.dumps({"rows": [row]}))
-(output_dir / "records.jsonl").write_text("{}\\n")
 """
-    (tmp_path / "scripts").mkdir()
+    collect = """
+import pathlib, sys
+run, result = map(pathlib.Path, sys.argv[1:])
+result.parent.mkdir(parents=True, exist_ok=True)
+result.write_bytes((run / "summary.json").read_bytes())
+"""
+    (tmp_path / "scripts" / "reports").mkdir(parents=True)
+    (tmp_path / "scripts" / "reports" / "collect.py").write_text(collect)
     for name in ("run_pretrain.py", "run_attack.py"):
         (tmp_path / "scripts" / name).write_text(script)
-    # collecting is this test's own call; what launch.py would launch runs alone
+    # what launch.py would launch runs alone
     (tmp_path / "bin").mkdir()
     python = tmp_path / "bin" / "python"
-    python.write_text(f'#!/bin/sh\n[ "$1" = scripts/launch.py ] || exit 0\nshift; exec {sys.executable} "$@"\n')
+    python.write_text(f'#!/bin/sh\n[ "$1" = scripts/launch.py ] && shift\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
@@ -293,16 +321,16 @@ def test_make_runs_what_is_missing_each_step_once_and_inputs_first(tiny_world, c
     place = {name: number for number, name in enumerate(ran)}
     assert place["pretrain"] < min(place["a"], place["b"], place["c"])
     assert place["other"] < place["finetune"] < place["more"] < place["c"]
-    paper_tables.main(["--dataset", "tiny", "--collect"])
+    assert sorted(file.name for file in (tiny_world / "results/tiny").iterdir()) == ["a.json", "b.json", "c.json"]
     paper_tables.main(["--dataset", "tiny"])
-    assert "| A | 50.00 [40.0, 60.0] |" in capsys.readouterr().out
-    assert gzip.decompress((tiny_world / "results/tiny/records/a.jsonl.gz").read_bytes()) == b"{}\n"
-    assert run_make(capsys).returncode == 0
-    assert (tiny_world / "ran").read_text().split() == ran
+    shown = capsys.readouterr().out
+    assert "| A | 50.00 [40.0, 60.0] |" in shown and "Commands for what is missing" not in shown
     # results that are there already stand beside those that are collected again
-    paper_tables.main(["--dataset", "tiny", "--results", "outputs/again", "--collect", "b"])
-    assert [file.name for file in (tiny_world / "outputs/again").glob("*.json")] == ["b.json"]
-    assert (tiny_world / "outputs/again/b.json").read_bytes() == (tiny_world / "results/tiny/b.json").read_bytes()
+    assert run_make(capsys, "--results", "outputs/again").returncode == 0
+    assert (tiny_world / "ran").read_text().split() == ran
+    for name in ("a.json", "b.json", "c.json"):
+        again = (tiny_world / "outputs/again" / name).read_bytes()
+        assert again == (tiny_world / "results/tiny" / name).read_bytes()
 
 
 def test_make_names_what_failed_and_goes_on_from_there(tiny_world, monkeypatch, capsys):
@@ -330,7 +358,7 @@ def test_published_rows_are_marked_as_theirs_with_protocol_and_source(study, row
     assert all("/255 |" in line and "arXiv 2312.04960" in line for line in lines)
 
 
-def test_certificates_of_others_stand_by_radius():
+def test_certificates_of_others_stand_by_radius(tmp_path, monkeypatch):
     published = {
         "attacked": [],
         "certified": [
@@ -339,10 +367,12 @@ def test_certificates_of_others_stand_by_radius():
             {"study": "t", "system": "C", "protocol": "p", "radii": {1.0: 10}, "source": "q"},
         ],
     }
-    lines = paper_tables.published_text("s", published).splitlines()
+    monkeypatch.setattr(paper_tables, "PUBLISHED", tmp_path / "published.yaml")
+    paper_tables.PUBLISHED.write_text(yaml.safe_dump(published))
+    lines = paper_tables.report(Study("s", {}, []), tmp_path).splitlines()
     assert "| system | protocol | L2 0 theirs | L2 0.25 theirs | source |" in lines
     assert "| A | p | – | 60.5 | q |" in lines and "| B | p | 70.0 | 50.0 | q |" in lines
-    assert paper_tables.published_text("u", published) == ""
+    assert paper_tables.report(Study("u", {}, []), tmp_path) == "\n"
 
 
 HARDENED = [f"scripts/recipes/{folder}/finetune_hardened.yaml" for folder in ("cifar10", "imagenet")]
