@@ -46,20 +46,27 @@ def store(summary: bytes, records: bytes, result: Path) -> Path:
 
 
 def training_records(run: Path) -> list[dict[str, Any]]:
-    """The log of a training, each line with its directory and the images of a step."""
+    """The log of a training, validations included, each line with its directory and the images of a step."""
     recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
     known = {"run": run.as_posix(), "batch_size": recipe["optimization"]["batch_size"]}
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [known | line for line in lines if "images_per_s" in line]
+    return [known | line for line in lines if "images_per_s" in line or "validation_accuracy" in line]
 
 
 def training_row(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What one training took: its steps, and their seconds without start, checkpoints and validation."""
-    step, seconds = 0, 0.0
-    for record in records:  # each tells the rate since the one before
-        seconds += (record["step"] - step) * record["batch_size"] / record["images_per_s"]
-        step = record["step"]
-    return {"run": records[0]["run"], "steps": step, "seconds": round(seconds, 1)}
+    """What one training took: its steps, and their seconds without start, checkpoints and validation.
+
+    Where there was validation, its accuracies in percent, in the order of the log.
+    """
+    step, seconds, accuracies = 0, 0.0, []
+    for record in records:
+        if "validation_accuracy" in record:
+            accuracies.append(record["validation_accuracy"])
+        else:  # it tells the rate since the one before
+            seconds += (record["step"] - step) * record["batch_size"] / record["images_per_s"]
+            step = record["step"]
+    row = {"run": records[0]["run"], "steps": step, "seconds": round(seconds, 1)}
+    return row | ({"validation_accuracy": accuracies} if accuracies else {})
 
 
 def trainings(runs: Sequence[Path]) -> tuple[bytes, bytes]:

@@ -40,12 +40,17 @@ def test_a_result_is_made_of_the_records_beside_it(file):
     assert hashlib.sha256(content).hexdigest() == result["provenance"]["records_sha256"]
     records = [json.loads(line) for line in content.splitlines()]
     if file.stem == "training":
-        seconds = defaultdict(list)
-        for record in records:  # a line is written every 10 steps of 64 images
-            assert record["batch_size"] == 64 and record["step"] == 10 * (len(seconds[record["run"]]) + 1)
-            seconds[record["run"]].append(640 / record["images_per_s"])
-        found = {row["run"]: (row["steps"], row["seconds"]) for row in result["rows"]}
-        assert found == {run: (10 * len(parts), pytest.approx(sum(parts), abs=0.051)) for run, parts in seconds.items()}
+        found = {row["run"]: row for row in result["rows"]}
+        assert list(dict.fromkeys(record["run"] for record in records)) == list(found)
+        for run, row in found.items():
+            log = [record for record in records if record["run"] == run and "images_per_s" in record]
+            steps = [0] + [record["step"] for record in log]  # a line is written every 10 steps, and at the end
+            assert steps[:-1] == list(range(0, 10 * len(log), 10)) and row["steps"] == steps[-1]
+            images = [(b - a) * line["batch_size"] for a, b, line in zip(steps, steps[1:], log, strict=False)]
+            seconds = sum(count / line["images_per_s"] for count, line in zip(images, log, strict=True))
+            assert row["seconds"] == pytest.approx(seconds, abs=0.051)
+            validated = [r["validation_accuracy"] for r in records if r["run"] == run and "validation_accuracy" in r]
+            assert row.get("validation_accuracy", []) == validated
         return
     if file.stem.startswith("certified"):
         certificates = [Certificate.from_json(record) for record in records]
@@ -106,9 +111,9 @@ def test_the_logs_of_trainings_become_a_result_with_its_records(tmp_path):
         json.loads(result.read_text()),
         gzip.decompress((result.parent / "records/training.jsonl.gz").read_bytes()),
     )
-    assert [(row["run"], row["steps"], row["seconds"]) for row in rows["rows"]] == [
-        (str(tmp_path / "first"), 40, 3.0),  # 640 images at 320 a second, then 640 at 640
-        (str(tmp_path / "second"), 20, 10.0),
+    assert rows["rows"] == [  # 640 images at 320 a second, then 640 at 640
+        {"run": str(tmp_path / "first"), "steps": 40, "seconds": 3.0, "validation_accuracy": [50.0]},
+        {"run": str(tmp_path / "second"), "steps": 20, "seconds": 10.0, "validation_accuracy": [50.0]},
     ]
     assert hashlib.sha256(content).hexdigest() == rows["provenance"]["records_sha256"]
     with pytest.raises(ValueError, match="2 runs make one result where they are trainings"):
