@@ -1,4 +1,4 @@
-"""Measure the pre-training of NIM-MAE or MAE: speed, FLOPs, share of the matrix peak, memory, and an eager float32 loop.
+"""Measure pre-training of NIM-MAE or MAE: speed, FLOPs, share of the matrix peak, memory, and an eager float32 loop.
 
     python scripts/bench/pretrain.py [--size base --image_size 224 --batch_size 256] [--output bench/pretrain.json]
 
