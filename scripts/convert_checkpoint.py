@@ -13,6 +13,11 @@ heads. Nothing in the file is executed. A tensor that is missing, unexpected or 
 nothing is written.
 """
 
+if __name__ == "__main__":
+    from early_help import answer_help
+
+    answer_help(__file__)  # before the imports below, which take seconds
+
 import argparse
 import math
 import os
@@ -290,9 +295,11 @@ def save_directory(model: PreTrainedModel, output_dir: str) -> None:
         image_processor_for(model.config).save_pretrained(temporary)
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", required=True, choices=SOURCES)
+    parser.add_argument(
+        "--source", required=True, choices=("nim-mae", "mae", "dmae", "simmim"), help="what wrote the file"
+    )
     parser.add_argument("--checkpoint", required=True, help="the reference's .pt or .pth file")
     parser.add_argument("--output_dir", required=True, help="the model directory to make")
     parser.add_argument(
@@ -301,21 +308,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--decoder_num_attention_heads", type=int, help="default: width / 32, as the published models")
     parser.add_argument(
         "--degradation",
-        choices=sorted({architecture.degradation for architecture in SOURCES.values()}),
+        choices=("mask", "noise", "noise+mask"),
         help="what a pre-trained model undoes; default: noise for nim-mae, noise+mask for dmae, otherwise mask "
         "(give noise for NIM-SimMIM)",
     )
-    parser.add_argument("--patch_size", type=int, help="checked against the tensors")
+    parser.add_argument("--patch_size", type=int, help="checked against the tensors; default: theirs")
     parser.add_argument(
         "--no_norm_pix_loss",
         action="store_true",
         help="the model predicts pixels as they are (MAE's models for visualization), not normalized patches",
     )
-    return parser.parse_args(argv)
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = make_parser().parse_args(argv)
     if os.path.exists(args.output_dir) and (not os.path.isdir(args.output_dir) or os.listdir(args.output_dir)):
         raise ValueError(f"--output_dir {args.output_dir!r} exists and is not empty: choose another or remove it")
 

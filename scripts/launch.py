@@ -4,9 +4,9 @@
     python scripts/launch.py --config_file scripts/launch/gpu_8_ddp.yaml scripts/run_pretrain.py RECIPE
     python scripts/launch.py --cpu --num_processes 2 scripts/run_pretrain.py RECIPE
 
-Options and configuration files are those of `accelerate launch`. That one dies of SIGTERM itself, and the run behind it
-stops unseen; torchrun kills what has not saved after 30 seconds. Here SIGTERM (exit code 0) and SIGINT (130) are passed
-on and the launcher waits. A run that fails gives its own exit code.
+Options and configuration files are those of `accelerate launch`, whose own --help has all of them. That one dies of
+SIGTERM itself, and the run behind it stops unseen; torchrun kills what has not saved after 30 seconds. Here SIGTERM
+(exit code 0) and SIGINT (130) are passed on and the launcher waits. A run that fails gives its own exit code.
 """
 
 import argparse
@@ -62,14 +62,36 @@ def make_launch_parser():
     from accelerate.commands.launch import launch_command_parser
 
     parser = launch_command_parser()
-    parser.prog, parser.description = "scripts/launch.py", __doc__
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.prog = "scripts/launch.py"
+    return parser
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """What `--help` prints: the options that matter here, since Accelerate's parser takes seconds to import."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="`accelerate launch --help` prints the other options, which are taken here too.",
+    )
+    add = parser.add_argument
+    add("--config_file", help="a file of scripts/launch/ or of `accelerate config` (default: that command's, if any)")
+    add("--cpu", action="store_true", help="run on CPUs, though there is a GPU (default: where the file says so)")
+    add("--num_processes", type=int, help="processes on all machines together (default: one for each GPU, or 1)")
+    add("--num_machines", type=int, help="machines that run together (default: 1)")
+    add("--machine_rank", type=int, help="number of this machine, from 0 (default: 0)")
+    add("--main_process_ip", help="address of machine 0 (default: this machine)")
+    add("--main_process_port", type=int, help="a free port of machine 0; 0 looks for one (default: 29500)")
+    add("--gpu_ids", help='GPUs of this machine, such as "0,1" (default: all)')
+    add("script", help="one of scripts/run_*.py")
+    add("arguments", nargs=argparse.REMAINDER, help="of the script; after its name, --help is the script's")
     return parser
 
 
 def main() -> int:
-    if sys.argv[1:2] in (["-h"], ["--help"]):
-        make_launch_parser().parse_args(["--help"])
+    options = sys.argv[1:]
+    script = next((number for number, option in enumerate(options) if option.endswith(".py")), len(options))
+    if {"-h", "--help"} & set(options[:script]):
+        make_parser().parse_args(["--help"])
     passer = SignalPasser()
     # the agent that starts several processes would stop them itself, and not wait long enough
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGHUP"

@@ -151,7 +151,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--update", action="store_true", help="publish a new version in a repository that exists already"
     )
     parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--message", default="Upload model, code and card", help="the commit's message")
+    parser.add_argument("--message", default="Upload model, code and card", help="the commit's message (%(default)s)")
     return parser
 
 

@@ -18,9 +18,52 @@ classifier are put together by the modeling_nim package.
 """
 
 import argparse
+import os
+from pathlib import Path
+
+
+HERE = Path(__file__).resolve().parent
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    environment = os.environ.get
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=environment("NIM_MODELS", "").split(),
+        help="purified models to choose from; default: the released ones",
+    )
+    parser.add_argument("--purifier", help="a purifier alone, put before --classifier; default: none")
+    parser.add_argument("--classifier", help="any image classifier of transformers, behind --purifier; default: none")
+    parser.add_argument(
+        "--undefended",
+        default=environment("NIM_UNDEFENDED"),
+        help="a bare classifier beside them; default: the model's",
+    )
+    parser.add_argument(
+        "--hardened",
+        default=environment("NIM_HARDENED"),
+        help="a second defended model; default: MODEL-hardened, if it is there",
+    )
+    parser.add_argument(
+        "--examples",
+        type=Path,
+        default=Path(environment("NIM_EXAMPLES", HERE / "examples")),
+        help="a folder of .png and .jpg images; default: %(default)s",
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="0.0.0.0 opens the page to other machines; default: %(default)s"
+    )
+    parser.add_argument("--port", type=int, help="of the page; default: the first free one from 7860")
+    return parser
+
+
+if __name__ == "__main__":
+    make_parser().parse_args()  # --help and mistakes are answered before the imports below, which take seconds
+
 import html
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -28,7 +71,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module, resources
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -39,7 +81,6 @@ from PIL import Image, UnidentifiedImageError
 from transformers import AutoImageProcessor, AutoModelForImageClassification, AutoModelForPreTraining
 
 
-HERE = Path(__file__).resolve().parent
 RELEASED = HERE.parent / "model_cards"
 WRAPPER = HERE.parent / "examples" / "efficientnet_lite.py"
 STEPS = 10  # of the attack; the step is a quarter of its budget
@@ -643,20 +684,7 @@ def make_choices(args: argparse.Namespace) -> list[Choice]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    environment = os.environ.get
-    parser.add_argument("--models", nargs="+", default=environment("NIM_MODELS", "").split(), help="default: released")
-    parser.add_argument("--purifier", help="a purifier alone, put before --classifier")
-    parser.add_argument("--classifier", help="any image classifier of transformers")
-    parser.add_argument("--undefended", default=environment("NIM_UNDEFENDED"), help="default: the model's classifier")
-    parser.add_argument(
-        "--hardened", default=environment("NIM_HARDENED"), help="default: MODEL-hardened, if it is there"
-    )
-    parser.add_argument("--examples", type=Path, default=Path(environment("NIM_EXAMPLES", HERE / "examples")))
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 opens the page to other machines")
-    parser.add_argument("--port", type=int, default=None, help="default: the first free one from 7860")
-    args = parser.parse_args()
-
+    args = make_parser().parse_args()
     suffixes = (".png", ".jpg", ".jpeg")
     examples = sorted(path for path in args.examples.glob("*") if path.suffix.lower() in suffixes)
     try:

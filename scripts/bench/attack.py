@@ -13,6 +13,15 @@ ends soon: with 8 images it is about twice as fast, with 64 about 1.2 times. So 
 batch.
 """
 
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from early_help import answer_help
+
+    answer_help(__file__)  # before the imports below, which take seconds
+
 import argparse
 from functools import partial
 from typing import Any
@@ -53,6 +62,8 @@ DIGITS_DECODER = {
     "decoder_num_attention_heads": 4,
     "decoder_intermediate_size": 256,
 }
+SIZES = ("digits", "tiny", "small", "base", "large", "huge")
+DEFAULTS = {"size": ("base", "digits"), "image_size": (224, 32)}  # on a GPU, on a CPU
 EPSILON, ALPHA, STEPS, EOT_SAMPLES = 8 / 255, 2 / 255, 10, 20
 
 
@@ -86,22 +97,25 @@ def speedup_over_peer(seconds: dict[str, list[float]], ours: str, peer: str) -> 
     return {"median": float(np.median(ratios)), "quartiles": [float(low), float(high)]}
 
 
-def parse_arguments(on_gpu: bool) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = ["digits", *MODEL_SIZES]
-    size, image_size = ("base", 224) if on_gpu else ("digits", 32)
-    parser.add_argument("--size", default=size, choices=sizes, help=f"of purifier and classifier; here {size}")
-    parser.add_argument("--image_size", type=int, default=image_size, help=f"pixels; here {image_size}")
+    default = {name: f"default: {gpu} on a GPU, {cpu} on a CPU" for name, (gpu, cpu) in DEFAULTS.items()}
+    parser.add_argument("--size", choices=SIZES, help=f"of purifier and classifier; {default['size']}")
+    parser.add_argument("--image_size", type=int, help=f"pixels; {default['image_size']}")
     parser.add_argument("--num_images", type=int, default=8, help="images in the batch that is attacked; default 8")
     parser.add_argument("--micro_batch", type=int, default=256, help="largest forward pass, rows; default 256")
     parser.add_argument("--rounds", type=int, default=15, help="times that all take their turn; default 15")
-    parser.add_argument("--output", default="outputs/bench/attack.json", help="default outputs/bench/attack.json")
-    return parser.parse_args()
+    parser.add_argument(
+        "--output", default="outputs/bench/attack.json", help="where the numbers go; default %(default)s"
+    )
+    return parser
 
 
 def main() -> None:
     on_gpu = torch.cuda.is_available()
-    arguments = parse_arguments(on_gpu)
+    parser = make_parser()
+    parser.set_defaults(**{name: values[0 if on_gpu else 1] for name, values in DEFAULTS.items()})
+    arguments = parser.parse_args()
     device = torch.device("cuda" if on_gpu else "cpu")
     number, image_size = arguments.num_images, arguments.image_size
     images_01 = torch.rand(number, 3, image_size, image_size, device=device)

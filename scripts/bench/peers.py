@@ -11,6 +11,15 @@ that was stopped continues in `outputs/peers_*`. Without DIR, a checkout of http
 radii are compared with scipy's interval alone.
 """
 
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from early_help import answer_help
+
+    answer_help(__file__)  # before the imports below, which take seconds
+
 import argparse
 import json
 import sys
@@ -198,12 +207,16 @@ def smoothing_difference(certificates: Sequence[Certificate], directory: Path) -
     return max(differences)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["eot", "optimality", "radii"])
+    parser.add_argument("what", metavar="what", choices=("eot", "optimality", "radii"), help="eot, optimality or radii")
     parser.add_argument("--num_images", type=int, default=100, help="how many test images; default: 100")
-    parser.add_argument("--smoothing", type=Path, help="a checkout of locuslab/smoothing")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--smoothing", type=Path, help="for radii: a checkout of locuslab/smoothing")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = make_parser().parse_args(argv)
     sys.path.insert(0, str(ROOT / "scripts"))  # for reports.collect
     if arguments.what == "radii":
         radii(arguments.smoothing)

@@ -8,6 +8,15 @@ under Accelerate. `bare` is the model's forward and backward alone, in the same 
 in float32 without compilation, with an unfused optimizer.
 """
 
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from early_help import answer_help
+
+    answer_help(__file__)  # before the imports below, which take seconds
+
 import argparse
 import copy
 from collections.abc import Callable
@@ -19,10 +28,9 @@ from accelerate import Accelerator
 from accelerate.utils import TorchDynamoPlugin, set_seed
 from torch.profiler import ProfilerActivity, profile
 
-from modeling_nim import MODEL_SIZES, normalize
+from modeling_nim import normalize
 from modeling_nim.data.loader import to_images_01
 from modeling_nim.data.randomness import generators, image_seeds
-from modeling_nim.families_nim import ARCHITECTURES, MAE
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.files import write_json
 from modeling_nim.runs.machine import (
@@ -37,29 +45,38 @@ from modeling_nim.training.optimization import OptimizationRecipe, make_optimize
 from modeling_nim.training.progress import peak_memory_gib
 
 
-def parse_arguments(on_gpu: bool) -> argparse.Namespace:
+ARCHITECTURES = ("nim_mae", "mae", "nim_mae_masked")  # those of MAE's encoder
+SIZES = ("tiny", "small", "base", "large", "huge")
+DEFAULTS = {  # on a GPU, on a CPU
+    "size": ("base", "tiny"),
+    "image_size": (224, 64),
+    "batch_size": (256, 16),
+    "steps": (30, 8),
+    "precision": ("bf16", "no"),
+    "compile": (True, False),
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = "(default here: %(default)s)"
-    names = [name for name, architecture in ARCHITECTURES.items() if architecture.family is MAE]
+    default = {name: f"(default: {gpu} on a GPU, {cpu} on a CPU)" for name, (gpu, cpu) in DEFAULTS.items()}
     parser.add_argument(
-        "--architecture", choices=names, default="nim_mae", help=f"nim_mae_masked has noise and masks {default}"
+        "--architecture",
+        choices=ARCHITECTURES,
+        default="nim_mae",
+        help="nim_mae_masked has noise and masks (default: %(default)s)",
     )
+    parser.add_argument("--size", choices=SIZES, help=f"of the model {default['size']}")
+    parser.add_argument("--image_size", type=int, help=f"side of the images in pixels {default['image_size']}")
+    parser.add_argument("--batch_size", type=int, help=f"images per step {default['batch_size']}")
+    parser.add_argument("--steps", type=int, help=f"steps to take of each kind {default['steps']}")
+    parser.add_argument("--precision", choices=("no", "bf16"), help=f"mixed precision {default['precision']}")
+    compiled = f"with torch.compile {default['compile']}"
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help=compiled)
     parser.add_argument(
-        "--size", choices=MODEL_SIZES, default="base" if on_gpu else "tiny", help=f"of the model {default}"
+        "--output", default="outputs/bench/pretrain.json", help="where the numbers go (default: %(default)s)"
     )
-    parser.add_argument(
-        "--image_size", type=int, default=224 if on_gpu else 64, help=f"side of the images in pixels {default}"
-    )
-    parser.add_argument("--batch_size", type=int, default=256 if on_gpu else 16, help=f"images per step {default}")
-    parser.add_argument("--steps", type=int, default=30 if on_gpu else 8, help=f"steps to take of each kind {default}")
-    parser.add_argument(
-        "--precision", choices=["no", "bf16"], default="bf16" if on_gpu else "no", help=f"mixed precision {default}"
-    )
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=on_gpu, help=f"with torch.compile {default}"
-    )
-    parser.add_argument("--output", default="outputs/bench/pretrain.json", help=f"where the numbers go {default}")
-    return parser.parse_args()
+    return parser
 
 
 class Steps:
@@ -154,7 +171,9 @@ def profiled(step: Callable[[], None], device: torch.device) -> list[dict[str, A
 
 def main() -> None:
     on_gpu = torch.cuda.is_available()
-    arguments = parse_arguments(on_gpu)
+    parser = make_parser()
+    parser.set_defaults(**{name: values[0 if on_gpu else 1] for name, values in DEFAULTS.items()})
+    arguments = parser.parse_args()
     set_seed(0)
     accelerator = Accelerator(
         mixed_precision=arguments.precision,

@@ -8,6 +8,15 @@ PyTorch as it is (eager), with torch.compile (compiled), and exported with the n
 ratios are those of the first runtime.
 """
 
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from early_help import answer_help
+
+    answer_help(__file__)  # before the imports below, which take seconds
+
 import argparse
 import tempfile
 from collections.abc import Callable
@@ -32,33 +41,33 @@ from modeling_nim.runs.models import DEFENDED, load_model
 
 
 ON_GPU = torch.cuda.is_available()
+SIZES = ("tiny", "small", "base", "large", "huge")
+DEFAULTS = {  # on a GPU, on a CPU
+    "size": ("base", "tiny"),
+    "image_size": (224, 64),
+    "batch_size": (64, 8),
+    "runtimes": (["compiled"], ["eager", "compiled", "onnx"]),
+}
 
 
-def parse_arguments() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = "(default here: %(default)s)"
-    parser.add_argument(
-        "--size", choices=MODEL_SIZES, default="base" if ON_GPU else "tiny", help=f"of both models {default}"
-    )
-    parser.add_argument(
-        "--image_size", type=int, default=224 if ON_GPU else 64, help=f"side of the images in pixels {default}"
-    )
+    both = {name: f"(default: {gpu} on a GPU, {cpu} on a CPU)" for name, (gpu, cpu) in DEFAULTS.items()}
+    default = "(default: %(default)s)"
+    parser.add_argument("--size", choices=SIZES, help=f"of both models {both['size']}")
+    parser.add_argument("--image_size", type=int, help=f"side of the images in pixels {both['image_size']}")
     parser.add_argument("--model", help="a purified model to measure, instead of --size and --image_size")
     parser.add_argument("--num_votes", type=int, default=1, help=f"noise draws for one answer {default}")
-    parser.add_argument("--batch_size", type=int, default=64 if ON_GPU else 8, help=f"images per call {default}")
+    parser.add_argument("--batch_size", type=int, help=f"images per call {both['batch_size']}")
     parser.add_argument("--rounds", type=int, default=30, help=f"calls of each model {default}")
     parser.add_argument(
         "--runtimes",
         nargs="+",
         choices=("eager", "compiled", "onnx"),
-        default=["compiled"] if ON_GPU else ["eager", "compiled", "onnx"],
-        help=f"what runs the models {default}",
+        help=f"what runs the models; onnx on CPUs only {both['runtimes']}",
     )
     parser.add_argument("--output", default="outputs/bench/purify.json", help=f"where the numbers go {default}")
-    arguments = parser.parse_args()
-    if ON_GPU and "onnx" in arguments.runtimes:
-        parser.error("--runtimes onnx is measured on CPUs only: leave it out here")
-    return arguments
+    return parser
 
 
 def make_model(arguments: argparse.Namespace) -> tuple[str, NIMPurifiedImageClassification]:
@@ -104,7 +113,11 @@ def make_calls(
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    parser = make_parser()
+    parser.set_defaults(**{name: values[0 if ON_GPU else 1] for name, values in DEFAULTS.items()})
+    arguments = parser.parse_args()
+    if ON_GPU and "onnx" in arguments.runtimes:
+        parser.error("--runtimes onnx is measured on CPUs only: leave it out here")
     torch.manual_seed(0)
     device = torch.device("cuda" if ON_GPU else "cpu")
     name, model = make_model(arguments)

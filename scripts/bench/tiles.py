@@ -6,6 +6,15 @@
 One image at a time, at the classifier's size and without a gradient. Below the side of a tile the strides overlap.
 """
 
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from early_help import answer_help
+
+    answer_help(__file__)  # before the imports below, which take seconds
+
 import argparse
 
 import numpy as np
@@ -18,7 +27,7 @@ from modeling_nim.runs.machine import count_flops, machine, seconds_of
 from modeling_nim.runs.models import CLASSIFIER, load_model, load_purifier
 
 
-def parse_arguments() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = "(default: %(default)s)"
     parser.add_argument("--purifier", default="model_cards/nim-photos", help=f"whose images may be larger {default}")
@@ -27,11 +36,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16, with eager attention")
     parser.add_argument("--rounds", type=int, default=10, help=f"calls of each model {default}")
     parser.add_argument("--output", default="outputs/bench/tiles.json", help=f"where the numbers go {default}")
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    arguments = make_parser().parse_args()
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parts = load_purifier(arguments.purifier), load_model(arguments.classifier, CLASSIFIER, trust_remote_code=True)

@@ -61,13 +61,27 @@ def stages(attention: str) -> dict[str, tuple[nn.Module, Callable[[nn.Module, to
     }
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of CPU threads to measure with")
-    parser.add_argument("--steps", type=int, default=3, help="steps to take of each kind; the median counts")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        nargs="+",
+        default=[1, 2],
+        help="numbers of CPU threads to measure with (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=3, help="steps of each kind, whose median counts (default: %(default)s)"
+    )
     parser.add_argument("--compile", action="store_true", help="measure torch.compile as well")
-    parser.add_argument("--output", default="outputs/bench/training.json", help="where the numbers go")
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--output", default="outputs/bench/training.json", help="where the numbers go (default: %(default)s)"
+    )
+    return parser
+
+
+def main() -> None:
+    arguments = make_parser().parse_args()
     device = torch.device("cpu")
     torch.manual_seed(0)
     pixel_values, labels = torch.randn(BATCH_SIZE, 3, 32, 32), torch.randint(0, 10, (BATCH_SIZE,))

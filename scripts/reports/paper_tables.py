@@ -132,7 +132,7 @@ def makefile(study: Study, results: Path) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="imagenet", help="a study: imagenet, cifar10 or cifar10_full")
+    parser.add_argument("--dataset", default="imagenet", help="imagenet, cifar10 or cifar10_full (%(default)s)")
     parser.add_argument("--makefile", action="store_true", help="print rules for make in place of the tables")
     parser.add_argument("--results", metavar="DIR", help="where results are read and put; default results/DATASET")
     parser.add_argument("--output", metavar="FILE", help="write the tables there instead of printing them")
