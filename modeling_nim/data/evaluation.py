@@ -20,7 +20,10 @@ def evaluation_batch(source: ImageSource, indices: Sequence[int], processor) -> 
     `processor` is the image processor saved with the model; everything it does is done, except the normalization (the
     attacks move in [0, 1], the model normalizes inside). Raises `BadImageError` naming an image that cannot be read.
     """
-    images = [source[int(index)][0] for index in indices]
+    try:
+        images = [source[int(index)][0] for index in indices]
+    except BadImageError as error:
+        raise BadImageError(f"{error}; attacks and certificates leave out no image: take it away, or mend it") from None
     return processor(images=images, do_normalize=False, return_tensors="pt")["pixel_values"].float()
 
 

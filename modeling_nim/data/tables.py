@@ -64,9 +64,12 @@ def undecoded(rows, column: str, path: str):
     import pyarrow as pa
 
     if not isinstance(rows.features[column], datasets.Image):
-        kind = rows.features.arrow_schema.field(column).type
-        encoded = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_string(kind)
-        if not encoded and not (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0):
+        kind = cell = rows.features.arrow_schema.field(column).type
+        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+            cell = kind.field("bytes").type
+        is_null = cell is not kind and pa.types.is_null(cell)  # every row names a file
+        encoded = pa.types.is_binary(cell) or pa.types.is_large_binary(cell) or pa.types.is_string(cell)
+        if not encoded and not is_null:
             raise ValueError(
                 f"column {column!r} of {path!r} holds {kind}, no images; it must hold encoded files "
                 "(PNG, JPEG, ...) as bytes or as datasets.Image: name another column in data.image_column"
@@ -125,7 +128,7 @@ def _open_parquet(files: list[str], split: str):
             print(f"copying {needed / 2**30:.1f} GiB of parquet to {place}, once", file=sys.stderr)
     try:
         return datasets.load_dataset("parquet", data_files={split: files}, split=split)
-    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
+    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, ValueError) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise ValueError(
             f"the shards of split {split!r} in {os.path.dirname(files[0])!r} cannot be read: {reason}"

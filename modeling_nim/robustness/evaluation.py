@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -98,9 +99,18 @@ def _attack(job, targets, images_01, labels, image_ids, selection_draws, micro_b
             oracle.begin(part * recipe.restarts + restart)
             keywords = recipe.keywords(job.epsilon_255, restart, target.patch_size)
             with naming_own_function(f"attack {recipe.label!r}") if recipe.uses_own_code else nullcontext():
-                candidates.append(row.run(oracle, images_01, job.epsilon_255 / 255, **keywords))
+                found = row.run(oracle, images_01, job.epsilon_255 / 255, **keywords)
+            _check_shape(found, images_01, recipe.label)
+            candidates.append(found)
     # a gray-box attacker chooses by what it sees, too
     return choose_worst(oracle, forward, candidates, labels, selection_draws if sees_randomness else 1), oracle
+
+
+def _check_shape(found: Any, images_01: torch.Tensor, label: str) -> None:
+    """ValueError for an attack whose result would be taken for other images, by broadcasting or not at all."""
+    shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+    if shape != tuple(images_01.shape):
+        raise ValueError(f"attack {label!r} was given images {tuple(images_01.shape)} and returned {shape}")
 
 
 def _turn_to_features(oracle: Oracle, target: Target, images_01: torch.Tensor) -> RowLoss:

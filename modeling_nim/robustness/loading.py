@@ -182,8 +182,9 @@ def _smoothed_target(
 
 
 def check_classes(targets: Sequence[Target], source: ImageSource | TensorImages) -> None:
-    """ValueError when a model has another number of classes than the data: its accuracy would mean nothing."""
+    """ValueError when a model has other classes than the data, or in another order: its accuracy would mean nothing."""
     num_classes = len(source.class_names)
+    has_names = not source.classes_are_counted and not isinstance(source, TensorImages)
     for target in targets:
         known = target.num_classes
         if known is None:
@@ -193,6 +194,13 @@ def check_classes(targets: Sequence[Target], source: ImageSource | TensorImages)
                 f"{target.name} tells {known} classes apart, the data have {num_classes}: name the data it "
                 "was trained for"
             )
+        names = target.class_names or []
+        for number, name in enumerate(source.class_names if has_names else ()):
+            if name in names and names[number] != name:
+                raise ValueError(
+                    f"class {number} of the data is {name!r}, which {target.name} calls class {names.index(name)}: "
+                    "name the data it was trained for, with all of its classes"
+                )
 
 
 def check_losses(targets: Sequence[Target], attacks: Sequence[AttackRecipe]) -> None:

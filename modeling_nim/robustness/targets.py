@@ -60,6 +60,11 @@ class Target(nn.Module):
         return None
 
     @property
+    def class_names(self) -> list[str] | None:
+        """In the order of the logits; None where the model does not say."""
+        return None
+
+    @property
     def weights(self) -> nn.Module:
         """What holds the weights, for the hash."""
         return self
@@ -73,6 +78,11 @@ class _ModelTarget(Target):
     @property
     def num_classes(self) -> int | None:
         return getattr(self.model.config, "num_labels", None)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        names = getattr(self.model.config, "id2label", None) or {}
+        return [str(names[number]) for number in sorted(names)] or None
 
     @property
     def weights(self) -> nn.Module:
@@ -202,6 +212,10 @@ class FunctionTarget(Target):
     def num_classes(self) -> int | None:
         return self._num_classes
 
+    @property
+    def class_names(self) -> list[str] | None:
+        return getattr(self.classifier, "class_names", None)
+
     def draw(self, seeds: Sequence[int], image_shape: Sequence[int]) -> Noise:
         return {"seeds": list(seeds)} if self.is_random else {}
 
@@ -275,6 +289,10 @@ class SmoothedTarget(Target):
     @property
     def num_classes(self) -> int | None:
         return self.base.num_classes
+
+    @property
+    def class_names(self) -> list[str] | None:
+        return self.base.class_names
 
     @property
     def weights(self) -> nn.Module:

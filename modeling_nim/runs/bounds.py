@@ -78,6 +78,8 @@ def check_value(value: Any, schema: type, field: str, key: str) -> None:
     for item in value if isinstance(value, (list, tuple)) else [value]:
         if numbers and (isinstance(item, (list, dict)) or (isinstance(item, str) and str not in kinds)):
             raise ValueError(f"{key} must be a number, got {item!r}")
+        if numbers and isinstance(item, bool) and bool not in kinds:
+            raise ValueError(f"{key} must be a number, got {item!r}")
         if isinstance(item, bool) or not isinstance(item, (Real, str)):  # numpy's numbers are real ones, too
             continue
         if isinstance(item, float) and numbers == {int}:

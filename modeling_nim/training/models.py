@@ -74,6 +74,8 @@ def load_classifier(path: str, class_names: list[str] | None, drop_path_rate: fl
     """
     if not class_names:
         raise ValueError("the labels of this stream have no names; fine-tune without data.streaming, which counts them")
+    if len(class_names) == 1:
+        raise ValueError(f"all images are of one class, {class_names[0]!r}: there is nothing to tell apart")
     config = load_config(path)
     if config.model_type == COMPOSED_TYPE:
         return _composed_classifier(path, config, len(class_names), drop_path_rate)

@@ -269,6 +269,8 @@ NAMED = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLab
         ({"image": [3.5, 4.0], "label": [0, 1]}, "'image' of .* holds double, no images"),
         ({"image": [[[1, 2], [3, 4]]] * 2, "label": [0, 1]}, "holds list.*, no images"),
         ({"image": [{"pixels": 3}] * 2, "label": [0, 1]}, "holds struct.*, no images"),
+        ({"image": [{"bytes": {"bytes": b"x"}}] * 2, "label": [0, 1]}, "holds struct.*, no images"),
+        ({"image": [{"bytes": [1, 2]}] * 2, "label": [0, 1]}, "holds struct.*, no images"),
     ],
 )
 def test_wrong_tables_are_named(columns, words, tmp_path):
@@ -285,6 +287,14 @@ def test_labels_without_a_name_are_refused(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "data" / "train-0.parquet")
     with pytest.raises(ValueError, match="label 7 has no name, there are 2 classes"):
         load_source(recipe, "train")
+
+
+@pytest.mark.parametrize("metadata", ["{", '{"info": {"features": {"label": {"_type": "Nope"}}}}'])
+def test_a_description_of_columns_that_cannot_be_read_is_named(metadata, tmp_path):
+    table = pyarrow.table({"image": [CELL] * 2, "label": [0, 1]})
+    pyarrow.parquet.write_table(table.replace_schema_metadata({"huggingface": metadata}), tmp_path / "train-0.parquet")
+    with pytest.raises(ValueError, match=f"the shards of split 'train' in '{tmp_path}' cannot be read: "):
+        load_source(DataRecipe(source="parquet", path=str(tmp_path)), "train")
 
 
 def test_a_table_without_rows_is_named(tmp_path):

@@ -356,6 +356,16 @@ def test_a_model_for_fewer_classes_than_the_data_have_is_refused(recipe, classif
         run_attack(tmp_path / "recipe.yaml", recipe, tmp_path / "out")
 
 
+def test_a_model_that_calls_classes_by_other_numbers_than_the_data_is_refused(recipe, classifier, tmp_path):
+    names = "zero 1 2 3 4 5 6 7 9 8".split()
+    config = type(classifier.config)(**classifier.config.to_dict() | {"id2label": dict(enumerate(names))})
+    type(classifier)(config).save_pretrained(tmp_path / "moved")
+    recipe["models"] = [{"name": "moved", "path": str(tmp_path / "moved")}]
+    with pytest.raises(ValueError, match="class 8 of the data is '8', which moved calls class 9"):
+        run_attack(tmp_path / "recipe.yaml", recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_dlr_loss_is_refused_to_two_classes_before_the_run(classifier):
     target = ClassifierTarget("two", classifier, [0.5] * 3, [0.5] * 3)
     classifier.config.num_labels = 2

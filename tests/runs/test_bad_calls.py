@@ -116,6 +116,12 @@ def linear(images_01):
             r"epsilon_255 must be a number, got \[4\]",
         ),
         (lambda target: attack(target, IMAGES_01, LABELS, "pgd", steps=2.5), "steps must be a whole number, got 2.5"),
+        (lambda target: attack(target, IMAGES_01, LABELS, "pgd", steps=True), "steps must be a number, got True"),
+        (
+            lambda target: attack(target, IMAGES_01, LABELS, lambda o, x, e: x[:1]),
+            r"attack '.*' was given images \(3, 3, 16, 16\) and returned \(1, 3, 16, 16\)",
+        ),
+        (lambda target: attack(target, IMAGES_01, LABELS, lambda o, x, e: None), "and returned NoneType"),
         (lambda target: certify(target, (IMAGES_01, LABELS), 0), "sigma_255 .* above 0 and at most 1000, got 0"),
         (lambda target: certify(target, (IMAGES_01, LABELS), -3), "sigma_255 .* got -3"),
         (lambda target: certify(target, (IMAGES_01, LABELS), 30, radii="x"), "radii must be a number, got 'x'"),

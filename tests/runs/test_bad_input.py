@@ -11,6 +11,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from conftest import TINY as TINY_ENCODER
 from conftest import TINY_DECODER
+from PIL import Image
 from training_runs import FINETUNE, PRETRAIN, REPOSITORY, load_script
 
 from modeling_nim import (
@@ -42,6 +43,8 @@ def inputs(tmp_path_factory):
     (root / "no_model").mkdir()
     for split in ("train", "test"):
         (root / "no_images" / split / "class").mkdir(parents=True)
+        (root / "one_class" / split / "cat").mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(root / "one_class" / split / "cat" / "0.png")
     (root / "list.yaml").write_text("- seed\n")
     (root / "text.pt").write_text("weights")
     recipes = {
@@ -68,6 +71,7 @@ def in_the_repository(monkeypatch):
 
 
 FOLDER = "data={source: folder, path: INPUTS/no_images}"
+ONE_CLASS = "data={source: folder, path: INPUTS/one_class}"
 PARTS = "models=[{name: parts, purifier: INPUTS/gray, classifier: INPUTS/classifier}]"
 NO_PURIFIER = "models=[{name: parts, purifier: INPUTS/classifier, classifier: INPUTS/classifier}]"
 HALF_NORMALIZED = f"{PARTS[:-2]}, classifier_image_mean: [0.5]}}]"
@@ -111,6 +115,7 @@ CONVERT = "convert_checkpoint --source nim-mae --output_dir INPUTS/out --checkpo
         ("run_finetune INPUTS/finetune.yaml defense_sigma=-3", ["'defense_sigma' must be at least 0", "-3"]),
         ("run_finetune INPUTS/finetune.yaml drop_path_rate=2", ["drop_path_rate", "at least 0 and below 1", "got 2"]),
         (f"run_finetune INPUTS/finetune.yaml {FOLDER}", ["no images under"]),
+        (f"run_finetune INPUTS/finetune.yaml {ONE_CLASS}", ["all images are of one class, 'cat'"]),
         ("run_attack INPUTS/attack.yaml models.0.path=outputs/none", ["no model directory 'outputs/none'"]),
         ("run_attack INPUTS/attack.yaml models.0.path=INPUTS/damaged", ["damaged' are damaged"]),
         ("run_attack INPUTS/attack.yaml models.0.path=INPUTS/purifier", ["'nim' model, no classifier", "fine-tuned"]),
