@@ -46,7 +46,11 @@ def main() -> None:
     model = load_model(arguments.directory, DEFENDED)
     defended = DefendedLogits(model, arguments.sigma, arguments.num_votes)
     export_defended(defended, arguments.output, arguments.format, arguments.noise)
-    difference = verify_export(defended, arguments.output, arguments.noise)
+    try:
+        difference = verify_export(defended, arguments.output, arguments.noise)
+    except ValueError:
+        arguments.output.unlink()  # nobody is to serve it
+        raise
     found = {"input": "largest difference from the model", "inside": "two calls on the same images differ by"}
     print(
         f"{arguments.output}: {arguments.output.stat().st_size / 1e6:.1f} MB, sigma {defended.sigma_255:g}, "

@@ -27,13 +27,13 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi, RepoUrl
 from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
-from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 import modeling_nim
 from hub_results import results_yaml
-from modeling_nim.runs.errors import run_main
+from modeling_nim.runs.errors import naming_damaged_files, run_main
 from modeling_nim.runs.files import write_text
-from modeling_nim.runs.models import ModelKind, load_model
+from modeling_nim.runs.models import ModelKind, load_model, load_processor
 from modeling_nim.runs.recipe import read_recipe
 from releases import RESULTS
 from reports.cards import CardFacts, DataFacts, own_results, render_card
@@ -44,22 +44,24 @@ def load_for_publication(directory: Path) -> PreTrainedModel:
     """The model of a directory, complete and of a class of this package; ValueError or FileNotFoundError otherwise."""
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"{directory} holds no config.json: pass a directory that save_pretrained wrote")
-    names = PreTrainedConfig.get_config_dict(directory)[0].get("architectures") or ["none"]
+    with naming_damaged_files(directory):
+        names = [str(name) for name in PreTrainedConfig.get_config_dict(directory)[0].get("architectures") or ["none"]]
     model_class = getattr(modeling_nim, names[0], None)
-    if model_class is None:
+    if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
         raise ValueError(
             f"{directory} holds a {names[0]}, no model of this package: publish it with its own push_to_hub"
         )
     classes = {model_class.config_class.model_type: model_class}
     kind = ModelKind(names[0], "a directory that save_pretrained wrote", classes)
-    return load_model(directory, kind, exact=True)
+    return load_model(directory, kind, exact=True, dtype="auto")
 
 
 def stage(model: PreTrainedModel, args: argparse.Namespace, staging: Path) -> None:
     """Puts what is published into the folder `staging`."""
     if (args.directory / "preprocessor_config.json").is_file():
-        AutoImageProcessor.from_pretrained(args.directory).save_pretrained(staging)
-    model.save_pretrained(staging)
+        load_processor(args.directory).save_pretrained(staging)
+    with naming_damaged_files(args.directory):  # the configuration goes up as it is, with all that was written in it
+        model.save_pretrained(staging)
     card, results = args.directory / "README.md", args.directory / RESULTS
     if card.is_file() and args.summary is None:
         text = card.read_text(encoding="utf-8")

@@ -65,12 +65,14 @@ def image_processor_for(config: PreTrainedConfig) -> ViTImageProcessorPil:
     size = config.image_size
     in_tiles = getattr(config, "tile_stride", None) is not None
     crop = size >= 64 and not in_tiles
-    geometry = getattr(config, "image_geometry", None) or {
-        "size": {"shortest_edge": round(size * 256 / 224)} if crop else {"height": size, "width": size},
-        "resample": BICUBIC,
-        "do_center_crop": crop,
-        "crop_size": {"height": size, "width": size} if crop else None,
-    }
+    geometry = getattr(config, "image_geometry", None)
+    if not isinstance(geometry, dict):
+        geometry = {
+            "size": {"shortest_edge": round(size * 256 / 224)} if crop else {"height": size, "width": size},
+            "resample": BICUBIC,
+            "do_center_crop": crop,
+            "crop_size": {"height": size, "width": size} if crop else None,
+        }
     return ViTImageProcessorPil(
         do_convert_rgb=True,
         do_resize=not in_tiles,
@@ -105,7 +107,7 @@ def image_settings_of(config: PreTrainedConfig) -> ImageSettings:
     mean, std = getattr(config, "image_mean", None), getattr(config, "image_std", None)
     processor = None
     if config.name_or_path:
-        with suppress(OSError, ValueError):  # weights without a processor, or one that is remote code
+        with suppress(Exception):  # weights without a processor, or one that is remote code or damaged
             processor = AutoImageProcessor.from_pretrained(config.name_or_path)
     if processor is None:
         return ImageSettings(size, mean, std)

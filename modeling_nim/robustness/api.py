@@ -15,13 +15,14 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AutoImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..data import ImageSource
 from ..image_processing import image_processor_for
 from ..modeling_nim_purified import NIMPurifiedImageClassification
 from ..noise_nim import denormalize, normalize
 from ..runs.bounds import check_value
+from ..runs.models import load_processor
 from .alarms import Alarm
 from .certification import CertificationRun, CertifyRecipe
 from .checks import check_processor, stated_accuracy
@@ -390,7 +391,7 @@ def _processor(target: Target) -> Any:
     if model is not None and getattr(model.config, "image_mean", None) is not None:
         return image_processor_for(model.config)
     if model is not None and model.config.name_or_path:
-        return AutoImageProcessor.from_pretrained(model.config.name_or_path, backend="pil")
+        return load_processor(model.config.name_or_path)
     raise ValueError(f"{target.name}: who makes [0, 1] images of this data? pass processor=, or tensors")
 
 
@@ -398,13 +399,13 @@ def _check_own_processor(name: str, model: PreTrainedModel) -> None:
     """ValueError where the processor in the directory that a model was loaded from contradicts its configuration."""
     path = model.config.name_or_path
     if os.path.isfile(os.path.join(path or "", "preprocessor_config.json")):
-        check_processor(name, model, AutoImageProcessor.from_pretrained(path, backend="pil"))
+        check_processor(name, model, load_processor(path))
 
 
 def _normalization(model: PreTrainedModel, mean: Any, std: Any) -> tuple[Sequence[float], Sequence[float]]:
     mean, std = mean or getattr(model.config, "image_mean", None), std or getattr(model.config, "image_std", None)
     if (mean is None or std is None) and model.config.name_or_path:
-        processor = AutoImageProcessor.from_pretrained(model.config.name_or_path, backend="pil")
+        processor = load_processor(model.config.name_or_path)
         mean, std = mean or processor.image_mean, std or processor.image_std
     if mean is None or std is None:
         raise ValueError(

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoImageProcessor
 
 from ..data import ImageSource
 from ..image_processing import image_processor_for
@@ -18,6 +17,7 @@ from ..runs.models import (
     COMPOSED_TYPE,
     load_config,
     load_model,
+    load_processor,
     load_purifier,
     set_attention,
     set_mask_ratio,
@@ -126,7 +126,7 @@ def _load_model(recipe: EvaluatedModelRecipe) -> tuple[nn.Module, Any]:
         if recipe.mask_ratio is not None or recipe.smoothed:
             raise ValueError(f"model {recipe.name!r}: {purifier!r} is a function; leave mask_ratio and smoothed out")
         model = load_model(classifier, CLASSIFIER, trust)
-        return model, AutoImageProcessor.from_pretrained(classifier, backend="pil", trust_remote_code=trust)
+        return model, load_processor(classifier, trust)
     if path is None:
         parts = load_purifier(purifier, recipe.mask_ratio, trust), load_model(classifier, CLASSIFIER, trust)
         model = NIMPurifiedImageClassification.from_parts(*parts, **recipe.classifier_settings())
@@ -137,7 +137,7 @@ def _load_model(recipe: EvaluatedModelRecipe) -> tuple[nn.Module, Any]:
             raise ValueError(f"model {recipe.name!r} at {path!r} has no purifier: leave mask_ratio out")
         set_mask_ratio(model.purifier, recipe.mask_ratio)
         model.config.purifier_config.mask_ratio = recipe.mask_ratio
-    return model, AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=trust)
+    return model, load_processor(path, trust)
 
 
 def _make_target(recipe: EvaluatedModelRecipe, model: nn.Module, processor: Any, sigma: str | float | None) -> Target:
@@ -223,7 +223,7 @@ def load_with_processor(path: str, device: torch.device | str) -> tuple[nn.Modul
     purifier = load_purifier(path).requires_grad_(False).to(device)
     if load_config(path).model_type == COMPOSED_TYPE:
         return purifier, image_processor_for(purifier.config)
-    return purifier, AutoImageProcessor.from_pretrained(path, backend="pil")
+    return purifier, load_processor(path)
 
 
 def model_hash(model: nn.Module) -> str:

@@ -74,13 +74,22 @@ def _leave_it_to_the_first(always: bool = False) -> None:
 
 
 @contextmanager
-def naming_damaged_weights(path: str | os.PathLike) -> Iterator[None]:
-    """Says which model's weights cannot be read, or do not fit its configuration."""
+def naming_damaged_files(path: str | os.PathLike) -> Iterator[None]:
+    """Says whose files cannot be read, or make no model: transformers trips over whatever in them comes first."""
     try:
         yield
+    except (OSError, StrictDataclassError, MemoryError):  # these name the file or the field
+        raise
     except SafetensorError as error:
         raise ValueError(f"the weights in {str(path)!r} are damaged ({error}); make or download them again") from error
-    except RuntimeError as error:
-        if "mismatch" not in str(error):
+    except Exception as error:
+        if isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)):
             raise
-        raise ValueError(f"the weights in {str(path)!r} do not fit its config.json; was it edited by hand?") from None
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        if isinstance(error, RuntimeError) and "mismatch" in str(error):
+            message = f"the weights in {str(path)!r} do not fit its config.json; was it edited by hand?"
+            raise ValueError(message) from None
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        words = " ".join(str(error).split())[:400]
+        raise ValueError(f"the files in {str(path)!r} make no model ({kind}{words}); were they edited?") from error

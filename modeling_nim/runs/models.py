@@ -10,6 +10,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForImageClassification,
     AutoModelForPreTraining,
     PreTrainedConfig,
@@ -18,7 +19,7 @@ from transformers import (
 
 from ..families_nim import PURIFIERS
 from ..modeling_nim_purified import NIMPurifiedImageClassification
-from .errors import naming_damaged_weights
+from .errors import naming_damaged_files
 
 
 # On a CPU, one core, forward and backward: SDPA in bf16 takes 60 times as long as plain products at 17 tokens, 4 times
@@ -112,7 +113,7 @@ def load_model(
     exact: bool = False,
     **settings: Any,
 ) -> PreTrainedModel:
-    """The model of a directory or of a Hub id, in evaluation mode, every weight from its file.
+    """The model of a directory or of a Hub id, in evaluation mode, every weight from its file, in float32.
 
     Args:
         kind: `CLASSIFIER`, `PURIFIER`, `DEFENDED` or a caller's own.
@@ -126,11 +127,12 @@ def load_model(
         ValueError: the model is of another kind, or its file is damaged or holds other weights.
     """
     path = os.fspath(path)
+    settings.setdefault("dtype", torch.float32)
     config = load_config(path, trust_remote_code)
     if trust_remote_code and getattr(config, "auto_map", None):
         warnings.warn(f"{path}: runs the Python code that lies beside the weights; read it first", stacklevel=2)
     model_class = kind.class_for(path, config, trust_remote_code)
-    with naming_damaged_weights(path):
+    with naming_damaged_files(path):
         model, info = model_class.from_pretrained(
             path, output_loading_info=True, trust_remote_code=trust_remote_code, **settings
         )
@@ -147,6 +149,13 @@ def load_model(
             f"{left_over[0]!r}: name a model of this package"
         )
     return model
+
+
+def load_processor(path: str | os.PathLike, trust_remote_code: bool = False) -> Any:
+    """The image processor that was saved with a model. Raises OSError or ValueError where there is none, or no whole
+    one."""
+    with naming_damaged_files(path):
+        return AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=trust_remote_code)
 
 
 def load_purifier(

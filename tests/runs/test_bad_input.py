@@ -273,6 +273,47 @@ def test_a_config_edited_by_hand_is_one_line(name, inputs, in_the_repository, mo
     shutil.rmtree(folder)
 
 
+def edit_json(name, **changes):
+    def edit(folder):
+        content = json.loads((folder / name).read_text()) | changes
+        (folder / name).write_text(json.dumps(content))
+
+    return edit
+
+
+def leave_a_pickle_alone(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n.")
+
+
+PROCESSOR = "preprocessor_config.json"
+DAMAGES = {
+    "pickle": leave_a_pickle_alone,
+    "text": lambda folder: (folder / "config.json").write_text('"nim"'),
+    "null": lambda folder: (folder / "config.json").write_text("null"),
+    "deep": lambda folder: (folder / "config.json").write_text("[" * 100_000),
+    "dtype": edit_json("config.json", dtype="float7"),
+    "huge": edit_json("config.json", classifier_config={"model_type": "nim_classifier", "image_size": 2**31}),
+    "processor_list": lambda folder: (folder / PROCESSOR).write_text("[]"),
+    "processor_number": lambda folder: (folder / PROCESSOR).write_text("5"),
+    "processor_type": edit_json(PROCESSOR, image_processor_type=5),
+    "processor_size": edit_json(PROCESSOR, size="x"),
+}
+
+
+@pytest.mark.parametrize("script", ["run_attack INPUTS/attack.yaml models.0.path=", "push_to_hub "])
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_composed_model_whose_files_are_damaged_is_one_line(
+    name, script, inputs, in_the_repository, monkeypatch, capsys
+):
+    folder = inputs / f"damaged_{name}"
+    shutil.copytree(inputs / "purified", folder)
+    DAMAGES[name](folder)
+    repository = " org/name" if script.startswith("push") else ""
+    check_one_line(f"{script}{folder}{repository}", [f"damaged_{name}"], inputs, monkeypatch, capsys)
+    shutil.rmtree(folder)
+
+
 def odd_checkpoints():
     yield "empty.pt", b""
     yield from (

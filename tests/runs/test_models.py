@@ -36,6 +36,16 @@ def saved(tmp_path):
     return tmp_path, models
 
 
+def test_weights_in_half_precision_are_evaluated_and_trained_in_single(saved):
+    folder, models = saved
+    models["composed"].half().save_pretrained(folder / "composed")
+    for model in (load_model(str(folder / "composed"), DEFENDED), load_purifier(str(folder / "composed"))):
+        assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    (target,), _ = attacked(str(folder / "composed"))
+    images_01 = torch.rand(2, 3, 16, 16)
+    assert target.logits(images_01, target.draw([0, 1], images_01.shape[1:])).isfinite().all()
+
+
 def attacked(path):
     return load_targets([EvaluatedModelRecipe(name="model", path=path)], "cpu")
 
