@@ -60,6 +60,11 @@ class DataRecipe:
         check_fields(self, "data.")
         if self.source != "digits" and not self.path:
             raise ValueError(f"data.source {self.source!r} needs data.path")
+        if self.path and self.source == "digits":
+            raise ValueError(
+                f"data.path is {self.path!r} and data.source digits, which need none: name how the images are stored, "
+                "such as data.source=folder"
+            )
         if self.streaming and self.source == "digits":
             raise ValueError("data.streaming is for data on disk or on the Hub; digits are in memory anyway")
         if self.streaming and (self.cache_in_memory or self.validation_fraction):

@@ -87,6 +87,7 @@ class AttackRecipe:
             raise ValueError(f"{who}: steps must be at least {row.least_steps}, got {self.steps}{first}")
         for key in ("epsilon_255", "threat_models", "models", "sigmas", "seeds"):
             check_list(getattr(self, key), f"{who}: {key}")
+        self.epsilon_255 = [float(value) for value in self.epsilon_255]  # as a recipe's: records hold the same text
         if self.alpha_255 is not None and self.alpha_ratio != 0.25:
             raise ValueError(
                 f"{who}: alpha_255 {self.alpha_255:g} and alpha_ratio {self.alpha_ratio:g} both set the step; give one"

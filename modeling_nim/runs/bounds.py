@@ -64,6 +64,8 @@ def check_list(values: list | None, key: str) -> None:
     """
     if values is None:
         return
+    if not isinstance(values, (list, tuple)):
+        raise ValueError(f"{key} must be a list, got {values!r}")
     if not values:
         raise ValueError(f"{key} is an empty list; name at least one, or leave it out")
     for number, value in enumerate(values):

@@ -373,6 +373,7 @@ def test_streams_read_no_file_outside(tmp_path):
         ({"train_split": "training"}, "training"),
         ({"train_split": ""}, "data.train_split must be a text"),
         ({"path": " "}, "data.path must be a text"),
+        ({"source": "digits"}, "data.path is '.*' and data.source digits, which need none: name how"),
         ({"validation_fraction": 1.0}, "data.validation_fraction must be at least 0 and below 1, got 1.0"),
         ({"validation_fraction": float("nan")}, "data.validation_fraction must be a finite number"),
         ({"shuffle_buffer": 0}, "data.shuffle_buffer must be at least 1"),

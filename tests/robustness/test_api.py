@@ -47,7 +47,7 @@ def classify(images_01):
 
 def test_evaluate_gives_the_scripts_numbers_byte_for_byte(released, tmp_path):
     attacks = [
-        {"attack": "pgd", "epsilon_255": [8.0], "steps": 3, "eot_samples": 2},
+        {"attack": "pgd", "epsilon_255": [8], "steps": 3, "eot_samples": 2},
         {"attack": "fgsm", "epsilon_255": [8.0]},
     ]
     recipe = {"models": [{"name": "nim", "path": str(RELEASED), "sigma": 75}], "attacks": attacks}

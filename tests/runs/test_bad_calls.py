@@ -105,6 +105,10 @@ def linear(images_01):
             "num_images must be a whole number",
         ),
         (lambda target: evaluate(target, (IMAGES_01, LABELS), "pgd", seeds=[-1]), "seeds must be at least 0"),
+        (
+            lambda target: evaluate(target, (IMAGES_01, LABELS), {"attack": "pgd", "epsilon_255": 8}),
+            "epsilon_255 must be a list, got 8",
+        ),
         (lambda target: evaluate(target, (IMAGES_01, None), "pgd"), "labels must be class indices, got NoneType"),
         (
             lambda target: evaluate(target, (IMAGES_01 * 255, LABELS), "pgd"),
