@@ -1,7 +1,13 @@
-"""The paper's figures from records alone; no model, no data set. Each function draws into a new matplotlib figure."""
+"""The paper's figures from records alone; no model, no data set. Each function draws into a new matplotlib figure.
 
+A function whose figure the records do not allow raises NothingToDraw; `figures_of` draws those that they do.
+"""
+
+import json
+import os
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +15,8 @@ import torch
 from matplotlib.figure import Figure
 
 from ..noise_nim import parse_sigma
-from .records import Certificate, Record
+from .pictures import load_pictures
+from .records import Certificate, Record, read_jsonl
 from .scores import scores
 from .statistics import accuracy_interval, certified_radius
 
@@ -23,6 +30,55 @@ THREAT_NAMES = {
 }
 # colors that stay apart for color-blind readers (Okabe & Ito, and a gray)
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+
+
+class NothingToDraw(ValueError):
+    """The records do not hold what a figure shows."""
+
+
+def figures_of(directories: Sequence[str | os.PathLike], sigma: float = 75) -> dict[str, Figure]:
+    """Every figure that the records in output directories of runs allow, by the name of the file it is to have.
+
+    Records of several directories are drawn together where they are of one kind; pictures are the first directory's
+    that has any. Of a defense with several sigmas, panel and defenses show the nearest to `sigma`.
+
+    Raises NothingToDraw with the reasons where they allow none.
+    """
+    rows = [row for file in _files(directories, "summary.json") for row in json.loads(file.read_text())["rows"]]
+    records = [Record.from_json(line) for line in _lines(directories, "records.jsonl")]
+    reconstructed = _lines(directories, "reconstruction.jsonl")
+    certificates = [Certificate.from_json(line) for line in _lines(directories, "certificates.jsonl")]
+    content, pixels = {"entries": [], "class_names": []}, {}
+    for file in _files(directories, "pictures.json")[:1]:
+        content, pixels = load_pictures(file.parent)
+    pictures = (content["entries"], pixels, content["class_names"], sigma)
+    functions = {
+        "models": lambda: accuracy_of_models(rows),
+        "sigma_curve": lambda: accuracy_against_sigma(records),
+        "panel": lambda: panel(*pictures),
+        "defenses": lambda: defenses(*pictures),
+        "degradations": lambda: degradations(content["entries"], pixels),
+        "reconstruction": lambda: reconstruction_loss(reconstructed),
+        "reconstruction_fixed": lambda: reconstruction_loss(_of_fixed_sigma(reconstructed)),
+        "certified": lambda: certified_accuracy(certificates),
+    }
+    drawn, reasons = {}, []
+    for name, draw in functions.items():
+        try:
+            drawn[name] = draw()
+        except NothingToDraw as reason:
+            reasons.append(f"{name}: {reason}")
+    if not drawn:
+        raise NothingToDraw(f"{', '.join(map(str, directories))}: no records to draw; {'; '.join(reasons)}")
+    return drawn
+
+
+def _files(directories: Sequence[str | os.PathLike], name: str) -> list[Path]:
+    return [Path(directory, name) for directory in directories if Path(directory, name).exists()]
+
+
+def _lines(directories: Sequence[str | os.PathLike], name: str) -> list[Entry]:
+    return [line for file in _files(directories, name) for line in read_jsonl(file)]
 
 
 def accuracy_against_sigma(records: Sequence[Record]) -> Figure:
@@ -41,12 +97,12 @@ def accuracy_against_sigma(records: Sequence[Record]) -> Figure:
             sigmas[model].add(sigma)
     model = max(sigmas, key=lambda name: len(sigmas[name]), default=None)
     if model is None or len(sigmas[model]) < 2:
-        raise ValueError("accuracy against sigma needs records of one model at two sigmas or more")
+        raise NothingToDraw("accuracy against sigma needs records of one model at two sigmas or more")
     sweeps: dict[tuple, int] = defaultdict(int)
     for name, sigma, attack, epsilon, _ in groups:
         sweeps[attack, epsilon] += name == model and isinstance(sigma, float) and attack != "none"
     if not max(sweeps.values()):
-        raise ValueError("accuracy against sigma needs records of an attack")
+        raise NothingToDraw("accuracy against sigma needs records of an attack")
     attack, epsilon = max(sweeps, key=sweeps.get)
     shown = {key: members for key, members in groups.items() if key[2:4] in ((attack, epsilon), ("none", 0.0))}
     own = [key for key in shown if key[0] == model and isinstance(key[1], float)]
@@ -92,7 +148,7 @@ def accuracy_of_models(rows: Sequence[Entry]) -> Figure:
     """
     attacked = [row for row in rows if row["name"] != "none"]
     if not attacked:
-        raise ValueError("accuracy of models needs records of an attack")
+        raise NothingToDraw("accuracy of models needs records of an attack")
     # of a defense at several sigmas, the one that met the most attacks
     met: dict[tuple, int] = defaultdict(int)
     for row in attacked:
@@ -163,7 +219,7 @@ def reconstruction_loss(records: Sequence[Entry], with_deviation: bool | None = 
         if record["loss"] is not None:
             losses[record["model"]][record["sigma_255"]].append(record["loss"])
     if not losses:
-        raise ValueError("the reconstruction records hold no loss: the images were larger than the purifier")
+        raise NothingToDraw("the reconstruction records hold no loss: the images were larger than the purifier")
     if with_deviation is None:
         with_deviation = len(losses) <= 4
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
@@ -184,6 +240,15 @@ def reconstruction_loss(records: Sequence[Entry], with_deviation: bool | None = 
     axes.grid(alpha=0.3)
     axes.legend(title="pre-trained with sigma", fontsize=8, frameon=False)
     return figure
+
+
+def _of_fixed_sigma(records: Sequence[Entry]) -> list[Entry]:
+    """Of more than four purifiers those that are named by one sigma, and the last: Figure 3."""
+    models = list(dict.fromkeys(record["model"] for record in records))
+    fixed = [model for model in models if model.isdecimal()]
+    if len(models) <= 4 or not 0 < len(fixed) < 4:
+        raise NothingToDraw("Figure 3 needs one to three purifiers of one sigma among more than four")
+    return [record for record in records if record["model"] in (*fixed, models[-1])]
 
 
 def panel(
@@ -209,7 +274,7 @@ def panel(
             (f"attacked, purified\n{model}", (model, own), "attacked", "purified", True),
         ]
     if not columns:
-        raise ValueError("the pictures hold no model to show")
+        raise NothingToDraw("the pictures hold no model to show")
     figure = _grid(entries, pixels, class_names, columns)
     attacked = next(entry for entry in entries if entry["kind"] == "attacked")
     title = f"{_attack_line(attacked)}, each model attacked on its own"
@@ -232,8 +297,8 @@ def defenses(
         key=lambda key: abs(_sigma_mean(key[1]) - sigma),
     ):
         chosen.setdefault(key[0], key)
-    if not chosen:
-        raise ValueError("the pictures hold no defended model")
+    if len(chosen) < 2:
+        raise NothingToDraw("the pictures hold fewer than two defended models")
     names = [name for name in dict.fromkeys(entry["model"] for entry in entries) if name in chosen]
     columns = [("clean image", chosen[names[0]], "clean", "input", False)]
     for name in names:
@@ -287,7 +352,7 @@ def degradations(entries: Sequence[Entry], pixels: dict[str, torch.Tensor], num_
     """Figure 8: noisy and reconstructed images, one row per sigma."""
     clean = [entry for entry in entries if entry["kind"] == "clean" and "purified" in entry["stages"]]
     if not clean:
-        raise ValueError("the pictures hold no defended model")
+        raise NothingToDraw("the pictures hold no defended model")
     model = clean[0]["model"]
     clean = [entry for entry in clean if entry["model"] == model]
     sigmas = sorted({entry["sigma"] for entry in clean}, key=_sigma_mean)
@@ -313,7 +378,7 @@ def certified_accuracy(certificates: Sequence[Certificate]) -> Figure:
     for certificate in certificates:
         by_sigma[certificate.model, certificate.sigma_255].append(certificate)
     if not by_sigma:
-        raise ValueError("the certification records are empty")
+        raise NothingToDraw("the certification records are empty")
     largest = max(item.radius for item in certificates)
     radii = np.linspace(0, 1.05 * largest if largest > 0 else 1, 400)
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")

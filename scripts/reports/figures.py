@@ -27,15 +27,10 @@ if __name__ == "__main__":
     answer_help(__file__)  # before the imports below, which take seconds
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
-from modeling_nim.robustness import figures
-from modeling_nim.robustness.pictures import load_pictures
-from modeling_nim.robustness.records import Certificate, read_jsonl, read_records
+from modeling_nim.robustness.figures import figures_of
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.files import written_whole
 
@@ -64,50 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"there is no directory {str(directory)!r}; make records with scripts/run_attack.py"
             )
 
-    drawn: dict[str, Figure] = {}
-    rows = []
-    for directory in directories:
-        if (directory / "summary.json").exists():
-            rows += json.loads((directory / "summary.json").read_text())["rows"]
-    if any(row["name"] != "none" for row in rows):
-        drawn["models"] = figures.accuracy_of_models(rows)
-        swept = {(row["model"], row["sigma"]) for row in rows if isinstance(row["sigma"], (int, float))}
-        if len(swept) > len({model for model, _ in swept}):
-            files = [directory / "records.jsonl" for directory in directories]
-            lines = [record for file in files if file.exists() for record in read_records(file)]
-            drawn["sigma_curve"] = figures.accuracy_against_sigma(lines)
-    for directory in directories:
-        if (directory / "pictures.json").exists() and "panel" not in drawn:
-            content, pixels = load_pictures(directory)
-            shown = (content["entries"], pixels, content["class_names"], arguments.sigma)
-            drawn["panel"] = figures.panel(*shown)
-            defended = {entry["model"] for entry in content["entries"] if "purified" in entry["stages"]}
-            if len(defended) > 1:
-                drawn["defenses"] = figures.defenses(*shown)
-            if defended:
-                drawn["degradations"] = figures.degradations(content["entries"], pixels)
-    for name, file, draw in (
-        ("reconstruction", "reconstruction.jsonl", figures.reconstruction_loss),
-        ("certified", "certificates.jsonl", figures.certified_accuracy),
-    ):
-        records = [
-            line for directory in directories if (directory / file).exists() for line in read_jsonl(directory / file)
-        ]
-        if name == "certified":
-            records = [Certificate.from_json(line) for line in records]
-        if records:
-            drawn[name] = draw(records)
-        models = list(dict.fromkeys(record["model"] for record in records)) if name == "reconstruction" else []
-        fixed = [model for model in models if model.isdecimal()]
-        if len(models) > 4 and 0 < len(fixed) < 4:
-            shown = [*fixed, models[-1]]
-            drawn["reconstruction_fixed"] = draw([record for record in records if record["model"] in shown])
-    if not drawn:
-        raise FileNotFoundError(
-            f"{', '.join(arguments.directories)}: no records to draw; run scripts/run_attack.py first"
-        )
-
-    for name, figure in drawn.items():
+    for name, figure in figures_of(directories, arguments.sigma).items():
         with written_whole(output_dir / f"{name}.png") as temporary:
             figure.savefig(temporary, dpi=arguments.dpi, format="png")
         print(output_dir / f"{name}.png")

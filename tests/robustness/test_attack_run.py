@@ -23,6 +23,7 @@ from modeling_nim import (
     NIMPurifiedImageClassification,
 )
 from modeling_nim.image_processing import image_processor_for
+from modeling_nim.robustness import figures
 from modeling_nim.robustness.certification import CertifyRecipe
 from modeling_nim.robustness.figures import defenses, panel
 from modeling_nim.robustness.loading import check_losses
@@ -165,10 +166,22 @@ def test_figure_3_is_drawn_from_the_purifiers_of_fixed_sigma(tmp_path, monkeypat
     (tmp_path / "reconstruction.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     script = reference.load_script("reports/figures")
     drawn = []
-    monkeypatch.setattr(script.figures, "reconstruction_loss", lambda r: drawn.append(r) or Figure())
+    monkeypatch.setattr(figures, "reconstruction_loss", lambda r: drawn.append(r) or Figure())
     script.main([str(tmp_path)])
     assert [list(dict.fromkeys(r["model"] for r in records)) for records in drawn] == [names, [*names[:3], names[4]]]
     assert (tmp_path / "reconstruction_fixed.png").exists()
+
+
+def test_figures_that_the_records_do_not_allow_are_left_out(tmp_path):
+    with pytest.raises(ValueError, match="no records to draw; models: accuracy of models needs records"):
+        figures.figures_of([tmp_path])
+    losses = [{"model": "25", "sigma_255": 9, "loss": 0.1, "image_id": "a"}]
+    for name, lines in (("first", losses), ("second", [losses[0] | {"model": "75"}])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "reconstruction.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn = figures.figures_of([tmp_path / "first", tmp_path / "second"])
+    assert list(drawn) == ["reconstruction"]
+    assert [line.get_label() for line in drawn["reconstruction"].axes[0].get_lines()] == ["25", "75"]
 
 
 def test_several_defenses_are_shown_beside_one_another(recipe, models, tmp_path):
