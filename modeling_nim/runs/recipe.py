@@ -163,6 +163,14 @@ def recipe_to_dict(recipe: Any) -> dict[str, Any]:
     return dataclasses.asdict(recipe)
 
 
+def dotted_keys(values: dict[str, Any], where: str = "") -> dict[str, Any]:
+    """The values of nested dictionaries by the keys that overrides name them with; `where` is the path to them."""
+    found = {}
+    for key, value in values.items():
+        found |= dotted_keys(value, _dotted(where, key)) if isinstance(value, dict) else {_dotted(where, key): value}
+    return found
+
+
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:

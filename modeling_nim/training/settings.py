@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType, TorchDynamoPlugin
 
 from ..runs.bounds import Count, check_fields
 from ..runs.files import write_text
-from ..runs.recipe import recipe_to_dict
+from ..runs.recipe import dotted_keys, recipe_to_dict
 
 
 @dataclass
@@ -114,7 +114,7 @@ def decisive_settings(recipe: Any, global_batch_size: int, num_images: int) -> d
     """
     settings = {
         key: value
-        for key, value in _flat(recipe_to_dict(recipe)).items()
+        for key, value in _flat(recipe).items()
         if not any(key == neutral or key.startswith(f"{neutral}.") for neutral in _NEUTRAL_KEYS)
     }
     return settings | {"data.num_images": num_images, "optimization.batch_size": global_batch_size}
@@ -126,15 +126,10 @@ def save_recipe(accelerator: Accelerator, recipe: Any) -> None:
         text = yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False)
         write_text(os.path.join(recipe.output_dir, "recipe.yaml"), text)
     if recipe.logging.trackers:
-        accelerator.init_trackers(recipe.logging.project, config=_flat(recipe_to_dict(recipe)))
+        accelerator.init_trackers(recipe.logging.project, config=_flat(recipe))
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
+def _flat(recipe: Any) -> dict[str, int | float | str | bool]:
     """Nested keys joined by dots, values as the trackers take them."""
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, (int, float, str, bool)) else str(value)
-    return flat
+    values = dotted_keys(recipe_to_dict(recipe))
+    return {key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in values.items()}

@@ -31,7 +31,7 @@ import modeling_nim
 from hub_results import in_metadata
 from modeling_nim.families_nim import FAMILIES
 from modeling_nim.runs.errors import run_main
-from modeling_nim.runs.recipe import load_recipe, stack_recipes
+from modeling_nim.runs.recipe import dotted_keys, load_recipe, stack_recipes
 from recipes.studies import TABLE_1
 from reports.tables import Row, environment, keep_as_made, read_result
 
@@ -112,25 +112,22 @@ def render_card(name: str, facts: CardFacts, config: PreTrainedConfig, root: Pat
         raise ValueError(f"card {name!r}: no row is of model {facts.model!r} at sigma {facts.sigma}; models: {known}")
     with torch.device("meta"):
         num_parameters = sum(p.numel() for p in model_class(config).parameters())
-    body = (
-        environment(TEMPLATE.parent)
-        .get_template(TEMPLATE.name)
-        .render(
-            facts=facts,
-            kind=kind,
-            config=config,
-            architecture=architecture,
-            num_parameters=num_parameters,
-            repository=name if "/" in name else f"model_cards/{name}",
-            stages={title: stage(root, line) for title, line in facts.recipes.items()},
-            rows=rows,
-            own=own,
-            summaries=summaries,
-            certificates=[read_result(root / path) for path in facts.certificates],
-            restorations=[read_result(root / path) for path in facts.restorations],
-            strongest=strongest_attacks(own),
-            paper_table=TABLE_1,
-        )
+    template = environment(TEMPLATE.parent).get_template(TEMPLATE.name)
+    body = template.render(
+        facts=facts,
+        kind=kind,
+        config=config,
+        architecture=architecture,
+        num_parameters=num_parameters,
+        repository=name if "/" in name else f"model_cards/{name}",
+        stages={title: stage(root, line) for title, line in facts.recipes.items()},
+        rows=rows,
+        own=own,
+        summaries=summaries,
+        certificates=[read_result(root / path) for path in facts.certificates],
+        restorations=[read_result(root / path) for path in facts.restorations],
+        strongest=strongest_attacks(own),
+        paper_table=TABLE_1,
     )
     body = re.sub(r"\n{3,}", "\n\n", body).strip()
     return f"---\n{metadata(name, facts, kind, own_results(facts, root)).to_yaml()}\n---\n\n{body}\n"
@@ -155,20 +152,12 @@ def stage(root: Path, line: str) -> dict[str, Any]:
     files = [word for word in words if "=" not in word or (root / word).is_file()]
     recipe = stack_recipes([root / file for file in files], [word for word in words if word not in files])
     script = next((script for key, script in SCRIPTS.items() if key in recipe), "run_attack")
-    trains = script in ("run_pretrain", "run_finetune")
     settings = {
         key: value
-        for key, value in (leaves(recipe) if trains else [])
+        for key, value in dotted_keys(recipe if script in ("run_pretrain", "run_finetune") else {}).items()
         if not key.startswith(EXECUTION_KEYS) and value is not None and value != []
     }
     return {"files": files, "command": f"python scripts/launch.py scripts/{script}.py {line}", "settings": settings}
-
-
-def leaves(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found = []
-    for key, value in values.items():
-        found += leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
-    return found
 
 
 def metadata(name: str, facts: CardFacts, kind: str, results: list[EvalResult]) -> ModelCardData:
