@@ -19,10 +19,10 @@ def answer_help(script: str) -> None:
         return
     tree = ast.parse(Path(script).read_text(encoding="utf-8"))
     names = {"argparse": argparse, "__doc__": ast.get_docstring(tree), "Path": Path} | _literals(tree)
+    recipe_help = _help_module()
+    if (schema := recipe_help.recipe_schema(script)) is not None:
+        recipe_help.RecipeParser(ast.get_docstring(tree), script, schema).parse_args(["--help"])
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "parse_command_line":
-            schema = node.args[1].id
-            _help_module().RecipeParser(ast.get_docstring(tree), script, schema).parse_args(["--help"])
         if isinstance(node, ast.FunctionDef) and node.name == "make_parser":
             exec(compile(ast.Module([node], []), script, "exec"), names)
             names["make_parser"]().parse_args(["--help"])

@@ -30,6 +30,11 @@ class RecipeKey:
     default: str
     meaning: str
 
+    @property
+    def section(self) -> str:
+        """The dotted name without its last part."""
+        return self.name.rpartition(".")[0]
+
 
 @dataclass(frozen=True)
 class _Found:
@@ -37,6 +42,14 @@ class _Found:
 
     node: ast.AST
     path: Path
+
+
+def recipe_schema(script: str | Path) -> str | None:
+    """The dataclass of the recipe that a script takes, by its call `parse_command_line(__doc__, Schema, ...)`."""
+    for node in ast.walk(_tree(Path(script))):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "parse_command_line":
+            return node.args[1].id
+    return None
 
 
 def recipe_keys(path: str | Path, schema: str) -> list[RecipeKey]:

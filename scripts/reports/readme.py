@@ -22,41 +22,30 @@ import argparse
 import re
 from collections.abc import Sequence
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 
 import jinja2
 
 from modeling_nim.runs.errors import run_main
-from modeling_nim.runs.help import RecipeKey, recipe_keys
+from modeling_nim.runs.help import RecipeKey, recipe_keys, recipe_schema
 from reports.tables import TEMPLATES, environment, keep_as_made, read_result
 
 
 ROOT = Path(__file__).resolve().parents[2]
 MARKED = re.compile(r"(<!-- results:(?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+SCRIPTS = ("run_pretrain", "run_finetune", "run_attack", "run_certify")  # in the order of docs/recipes.md
 
 
-RECIPES = {
-    "run_pretrain": "PretrainRecipe",
-    "run_finetune": "FinetuneRecipe",
-    "run_attack": "AttackRunRecipe",
-    "run_certify": "CertifyRecipe",
-}
-
-
-def recipe_sections() -> list[tuple[str, list[RecipeKey]]]:
+def recipe_sections() -> dict[str, list[RecipeKey]]:
     """Every key of every recipe, by section; a section that several scripts have stands once."""
     sections: dict[str, list[RecipeKey]] = {}
-    for script, schema in RECIPES.items():
-        found: dict[str, list[RecipeKey]] = {}
-        for key in recipe_keys(ROOT / "scripts" / f"{script}.py", schema):
-            section = key.name.rpartition(".")[0]
-            found.setdefault(f"`{section}`" if section else f"`scripts/{script}.py`", []).append(key)
-        for title, keys in found.items():
+    for script in (ROOT / "scripts" / f"{name}.py" for name in SCRIPTS):
+        for section, found in groupby(recipe_keys(script, recipe_schema(script)), lambda key: key.section):
+            title, keys = section or str(script.relative_to(ROOT)), list(found)
             if sections.setdefault(title, keys) != keys:
-                raise ValueError(
-                    f"section {title} of {script}.py has other keys than the section of that name before it"
-                )
-    return list(sections.items())
+                raise ValueError(f"section {title} of {script} has other keys than the section of that name before it")
+    return sections
 
 
 @cache
