@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 
-from modeling_nim.robustness.recipes import SETTINGS
-from reports.tables import Row, attack_text, number
+from modeling_nim.robustness.recipes import SETTINGS, attack_text
+from reports.tables import Row, number
 
 
 def in_metadata(row: Row, name: str, dataset_id: str | None, split: str) -> EvalResult:

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 MOST_FILE_LINES = 450
 MOST_FUNCTION_LINES = 79
+MOST_REPORT_LINES = 700  # of scripts/reports together
 BELOW = {  # the folders of the package, "" for its top, and those that each may import from
     "": [],
     "runs": [""],
@@ -22,6 +23,7 @@ BELOW = {  # the folders of the package, "" for its top, and those that each may
 
 PACKAGE = sorted((ROOT / "modeling_nim").rglob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
+REPORTS = sorted((ROOT / "scripts" / "reports").rglob("*.py"))
 # British spellings, as stems
 BRITISH = r"defence|colour|neighbour|behaviour|grey|centre|artefact|learnt|(?:normal|summar|optim|random|initial)is[ei]"
 
@@ -60,6 +62,7 @@ def imported_floors(path) -> set[str]:
 def test_functions_and_files_are_short():
     lines_of_files = {str(path): len(path.read_text().splitlines()) for path in PACKAGE}
     assert {name: lines for name, lines in lines_of_files.items() if lines > MOST_FILE_LINES} == {}
+    assert 0 < sum(len(path.read_text().splitlines()) for path in REPORTS) <= MOST_REPORT_LINES
     lines_of_functions = {
         f"{path}:{name}": lines for path in [*PACKAGE, *SCRIPTS] for name, lines in functions(path.read_text())
     }

@@ -42,8 +42,11 @@ def figures_of(directories: Sequence[str | os.PathLike], sigma: float = 75) -> d
     Records of several directories are drawn together where they are of one kind; pictures are the first directory's
     that has any. Of a defense with several sigmas, panel and defenses show the nearest to `sigma`.
 
-    Raises NothingToDraw with the reasons where they allow none.
+    Raises NothingToDraw with the reasons where they allow none, FileNotFoundError where a directory is missing.
     """
+    for directory in directories:
+        if not os.path.isdir(directory):
+            raise FileNotFoundError(f"there is no directory {str(directory)!r}: make one with scripts/run_attack.py")
     rows = [row for file in _files(directories, "summary.json") for row in json.loads(file.read_text())["rows"]]
     records = [Record.from_json(line) for line in _lines(directories, "records.jsonl")]
     reconstructed = _lines(directories, "reconstruction.jsonl")

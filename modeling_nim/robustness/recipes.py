@@ -219,16 +219,16 @@ _TEXTS |= {"random_start": "no random start", "patch_size": "patches of {}", "so
 _TOLD = ("steps", "alpha_255", "queries")
 
 
-def settings_text(settings: dict[str, Any]) -> list[str]:
-    """What sets an attack apart, in words, of a row's `settings` (of an `AttackRecipe`): `["10 steps", "alpha 2"]`."""
+def attack_text(row: dict[str, Any]) -> str:
+    """The attack of a row of a summary with the settings that set attacks apart: `"pgd (10 steps, alpha 2)"`."""
     defaults = {item.name: _default(item) for item in dataclasses.fields(AttackRecipe) if item.name != "attack"}
     texts = []
     for key, text in _TEXTS.items():
-        value = settings.get(key)
+        value = row.get("settings", {}).get(key)
         if value is not None and (key in _TOLD or value != defaults[key]):
             value = ", ".join(f"{name}={item}" for name, item in value.items()) if key == "arguments" else value
             texts.append(text.format(value))
-    return texts
+    return f"{row['attack']} ({', '.join(texts)})" if texts else row["attack"]
 
 
 def _default(item: dataclasses.Field) -> Any:

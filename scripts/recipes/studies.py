@@ -29,6 +29,12 @@ class Column:
     epsilon_255: float | None = None
     paper_title: str | None = None
 
+    @property
+    def wanted(self) -> dict[str, Any]:
+        """The values of that row, as far as they are given."""
+        given = {name: getattr(self, name) for name in ("attack", "name", "threat_model", "epsilon_255")}
+        return {name: value for name, value in given.items() if value is not None}
+
 
 @dataclass(frozen=True)
 class Step:

@@ -26,8 +26,18 @@ from typing import Any
 
 import yaml
 
+from modeling_nim.robustness.records import read_jsonl
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.files import write_bytes
+from reports.tables import read_result
+
+
+# Of each kind of evaluation its summary, and the records that it was made of.
+RECORDS = {
+    "summary.json": "records.jsonl",
+    "certified.json": "certificates.jsonl",
+    "reconstruction.json": "reconstruction.jsonl",
+}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -37,61 +47,44 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def store(summary: bytes, records: bytes, result: Path) -> Path:
-    """Writes a summary as `result` and its records, compressed, into `records/` beside it; returns where those are."""
-    write_bytes(result, summary)
-    kept = result.parent / "records" / f"{result.stem}.jsonl.gz"
-    write_bytes(kept, gzip.compress(records, mtime=0))  # no time in the header: equal records give an equal file
-    return kept
-
-
-def training_records(run: Path) -> list[dict[str, Any]]:
-    """The log of a training, validations included, each line with its directory and the images of a step."""
-    recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
-    known = {"run": run.as_posix(), "batch_size": recipe["optimization"]["batch_size"]}
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [known | line for line in lines if "images_per_s" in line or "validation_accuracy" in line]
-
-
-def training_row(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What one training took: its steps, and their seconds without start, checkpoints and validation.
+def training(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What one training took: steps, their seconds without start, checkpoints and validation; and the log behind it.
 
     Where there was validation, its accuracies in percent, in the order of the log.
     """
-    step, seconds, accuracies = 0, 0.0, []
-    for record in records:
-        if "validation_accuracy" in record:
-            accuracies.append(record["validation_accuracy"])
-        else:  # it tells the rate since the one before
-            seconds += (record["step"] - step) * record["batch_size"] / record["images_per_s"]
-            step = record["step"]
-    row = {"run": records[0]["run"], "steps": step, "seconds": round(seconds, 1)}
-    return row | ({"validation_accuracy": accuracies} if accuracies else {})
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+    known = {"run": run.as_posix(), "batch_size": recipe["optimization"]["batch_size"]}
+    row, records = {"run": known["run"], "steps": 0, "seconds": 0.0}, []
+    for line in read_jsonl(run / "log.jsonl"):
+        if "validation_accuracy" in line:
+            row.setdefault("validation_accuracy", []).append(line["validation_accuracy"])
+        elif "images_per_s" in line:  # the rate since the last such line
+            row["seconds"] += (line["step"] - row["steps"]) * known["batch_size"] / line["images_per_s"]
+            row["steps"] = line["step"]
+        else:
+            continue
+        records.append(known | line)
+    return row | {"seconds": round(row["seconds"], 1)}, records
 
 
 def trainings(runs: Sequence[Path]) -> tuple[bytes, bytes]:
     """Summary and records of trainings, as files hold them."""
-    logs = [training_records(run) for run in runs]
+    rows, logs = zip(*map(training, runs), strict=True)
     records = "".join(json.dumps(record) + "\n" for log in logs for record in log).encode()
-    provenance = {"records_sha256": hashlib.sha256(records).hexdigest()}
-    summary = {"rows": [training_row(log) for log in logs], "provenance": provenance}
+    summary = {"rows": list(rows), "provenance": {"records_sha256": hashlib.sha256(records).hexdigest()}}
     return (json.dumps(summary, indent=2) + "\n").encode(), records
 
 
 def evaluation(run: Path) -> tuple[bytes, bytes]:
     """Summary and records of run_attack.py or run_certify.py, as files hold them."""
-    names = [("summary.json", "records.jsonl"), ("certified.json", "certificates.jsonl")]
-    names += [("reconstruction.json", "reconstruction.jsonl")]
-    found = next(((run / summary, run / records) for summary, records in names if (run / summary).exists()), None)
-    if found is None:
-        raise FileNotFoundError(
-            f"{str(run)!r} holds no {', '.join(summary for summary, _ in names)} or log.jsonl: is the run finished?"
-        )
-    summary, records = (file.read_bytes() for file in found)
-    stated = json.loads(summary)["provenance"].get("records_sha256")
-    if hashlib.sha256(records).hexdigest() != stated:
-        raise ValueError(f"{found[1]} has not the SHA-256 {stated} that {found[0]} names: run the evaluation again")
-    return summary, records
+    summary = next((run / name for name in RECORDS if (run / name).exists()), None)
+    if summary is None:
+        raise FileNotFoundError(f"{str(run)!r} holds no {', '.join(RECORDS)} or log.jsonl: is the run finished?")
+    records = run / RECORDS[summary.name]
+    stated = read_result(summary)["provenance"].get("records_sha256")
+    if hashlib.sha256(records.read_bytes()).hexdigest() != stated:
+        raise ValueError(f"{records} has not the SHA-256 {stated} that {summary} names: run the evaluation again")
+    return summary.read_bytes(), records.read_bytes()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -101,7 +94,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(runs) > 1 and not are_trainings:
         raise ValueError(f"{len(runs)} runs make one result where they are trainings: give one directory of the others")
     summary, records = trainings(runs) if are_trainings else evaluation(runs[0])
-    print(f"{result} and {store(summary, records, result)}")
+    kept = result.parent / "records" / f"{result.stem}.jsonl.gz"
+    write_bytes(kept, gzip.compress(records, mtime=0))  # no time in the header: equal records give an equal file
+    write_bytes(result, summary)
+    print(f"{result} and {kept}")
 
 
 if __name__ == "__main__":

@@ -39,27 +39,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directories", nargs="+", help="output_dir of run_attack.py or run_certify.py")
     parser.add_argument("--output_dir", help="where the pictures go; default: the first directory")
-    parser.add_argument(
-        "--sigma",
-        type=float,
-        default=75,
-        help="which sigma of a defense panel and defenses show: the nearest; default 75",
-    )
+    parser.add_argument("--sigma", type=float, default=75, help="panel and defenses show the nearest to it; default 75")
     parser.add_argument("--dpi", type=int, default=140, help="dots per inch; default 140")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = make_parser().parse_args(argv)
-    directories = [Path(directory) for directory in arguments.directories]
-    output_dir = Path(arguments.output_dir or directories[0])
-    for directory in directories:
-        if not directory.is_dir():
-            raise FileNotFoundError(
-                f"there is no directory {str(directory)!r}; make records with scripts/run_attack.py"
-            )
-
-    for name, figure in figures_of(directories, arguments.sigma).items():
+    output_dir = Path(arguments.output_dir or arguments.directories[0])
+    for name, figure in figures_of(arguments.directories, arguments.sigma).items():
         with written_whole(output_dir / f"{name}.png") as temporary:
             figure.savefig(temporary, dpi=arguments.dpi, format="png")
         print(output_dir / f"{name}.png")

@@ -60,11 +60,10 @@ def find_cells(study: Study, table: Table, row: Row, results: Path) -> list[dict
     summary = read_result(file) if file.is_file() else {"rows": []}
     cells = []
     for column in (study.columns[name] for name in table.columns):
-        given = {name: getattr(column, name) for name in ("attack", "name", "threat_model", "epsilon_255")}
-        wanted = {name: value for name, value in given.items() if value is not None}
+        wanted = {"model": row.model, "sigma": row.sigma} | column.wanted
         if row.sigma is None and column.threat_model == "gray_box":
             wanted["threat_model"] = "white_box"  # without a defense there is none to be unaware of
-        cells.append(next(iter(find_rows(summary, model=row.model, sigma=row.sigma, **wanted)), None))
+        cells.append(next(iter(find_rows(summary, **wanted)), None))
     return cells
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from modeling_nim.robustness.recipes import settings_text
+from modeling_nim.robustness.recipes import attack_text
 from modeling_nim.runs.files import write_text
 
 
@@ -66,14 +66,6 @@ def accuracies(rows: Iterable[Row], intervals_at: Collection[float] | None = Non
 def number(value: Any) -> str:
     """A number without trailing zeros; text as it is."""
     return f"{value:g}" if isinstance(value, (int, float)) else str(value)
-
-
-def attack_text(row: Row) -> str:
-    """The attack of a row with the settings that set attacks apart: "pgd (10 steps, alpha 2)"."""
-    if row["attack"] == "none":
-        return "none"
-    details = settings_text(row.get("settings", {}))
-    return row["attack"] + (f" ({', '.join(details)})" if details else "")
 
 
 def half_width(row: Row) -> float:

@@ -25,9 +25,8 @@ from modeling_nim import (
 )
 from modeling_nim.robustness.attacks import ATTACKS
 from modeling_nim.robustness.loading import model_hash
-from modeling_nim.robustness.recipes import AttackRecipe
+from modeling_nim.robustness.recipes import AttackRecipe, attack_text
 from reports import cards
-from reports.tables import attack_text
 
 
 ROOT = Path(__file__).parents[2]
