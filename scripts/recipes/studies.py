@@ -5,6 +5,7 @@ tables of what the paper does not try; `full` is the size for a GPU, whose recip
 """
 
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -53,6 +54,12 @@ class Step:
     def target(self) -> str:
         """The path of what is made."""
         return f"{self.output_dir}/{self.makes}"
+
+    @property
+    def command(self) -> str:
+        """As a shell takes it."""
+        launcher = "scripts/launch.py " if self.script.startswith("run_") else ""
+        return f"python {launcher}scripts/{self.script} {shlex.join(self.arguments)}"
 
 
 @dataclass(frozen=True)

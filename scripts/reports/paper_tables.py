@@ -22,7 +22,6 @@ if __name__ == "__main__":
 
 import argparse
 import os
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,11 +37,6 @@ from reports.tables import TEMPLATES, environment, find_rows, percent, read_resu
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = ROOT / "results" / "published.yaml"
 COLLECT = "reports/collect.py"
-
-
-def command_of(step: Step) -> str:
-    launch = "scripts/launch.py " if step.script.startswith("run_") else ""
-    return f"python {launch}scripts/{step.script} {shlex.join(step.arguments)}"
 
 
 def in_order(steps: Sequence[Step]) -> list[Step]:
@@ -114,7 +108,6 @@ def report(study: Study, results: Path) -> str:
         tables=[filled(study, table, results) for table in study.tables if table.columns],
         published=yaml.safe_load(PUBLISHED.read_text(encoding="utf-8")),
         missing=missing_steps(study, results),
-        command_of=command_of,
     )
     return f"{text.strip()}\n"
 
@@ -125,7 +118,7 @@ def makefile(study: Study, results: Path) -> str:
     rules = [".PHONY: all", f"all: {' '.join(step.target for step in steps if step.script == COLLECT)}"]
     for step in steps:
         rules.append(f"{step.target}: | {' '.join(needed.target for needed in step.needs)}")
-        rules.append(f"\t{command_of(step).replace('$', '$$')}")
+        rules.append(f"\t{step.command.replace('$', '$$')}")
     return "\n".join(rules) + "\n"
 
 

@@ -4,9 +4,7 @@
     python scripts/reports/readme.py --check    # writes nothing; exit code 1 if a document differs
 
 The sentences of NAME are in `templates/NAME.md.j2`; a template looks its numbers up by name, in `FOLDER.FILE` for
-`results/FOLDER/FILE.json`. Where the results come from: `results/digits/summary.json` is `outputs/demo/summary.json` of
-`make demo`, `attack_paper.json` and `attack_standard.json` are the summaries of the recipes of those names on the same
-images, `certified.json` is what run_certify.py writes; `results/cifar10/` is made by `paper_tables.py --makefile`.
+`results/FOLDER/FILE.json`, where `collect.py` puts them; the provenance of an evaluation names its recipe.
 """
 
 if __name__ == "__main__":

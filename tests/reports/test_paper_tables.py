@@ -85,7 +85,7 @@ def test_every_recipe_is_read_by_the_script_that_runs_it(study, data_path, width
     used = set()
     for step in steps_of(study):
         if step.script == "convert_checkpoint.py":
-            options = shlex.split(paper_tables.command_of(step))[2:]
+            options = shlex.split(step.command)[2:]
             arguments = reference.load_script("convert_checkpoint").make_parser().parse_args(options)
             assert arguments.output_dir == step.output_dir
             continue
