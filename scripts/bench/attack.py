@@ -171,12 +171,7 @@ def main() -> None:
     speedup = partial(speedup_over_peer, seconds)
     first, second = batched(), sequential(plain)
     result = {
-        "model": {
-            "size": arguments.size,
-            "image_size": image_size,
-            "num_images": number,
-            "micro_batch": arguments.micro_batch,
-        },
+        "model": {key: getattr(arguments, key) for key in ("size", "image_size", "num_images", "micro_batch")},
         "seconds_median": {name: float(np.median(values)) for name, values in seconds.items()},
         "pgd10_speedup_over_torchattacks": speedup("nim_pgd10", "torchattacks_pgd10"),
         "pgd10_speedup_over_torchattacks_frozen_weights": speedup("nim_pgd10", "torchattacks_pgd10_frozen_weights"),
