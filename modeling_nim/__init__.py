@@ -53,6 +53,7 @@ for _auto_class, _model in [
     _config = _model.config_class
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     _auto_class.register(_config, _model, exist_ok=True)
+    globals().setdefault(_model.__name__, _model)  # also of a family that is not imported by name above
     # Saved models carry their code, so that trust_remote_code=True loads them where this package is not installed.
     _config.register_for_auto_class()
     _model.register_for_auto_class(_auto_class.__name__)

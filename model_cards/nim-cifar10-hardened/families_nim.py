@@ -18,7 +18,8 @@ class Family:
 
     Args:
         name: what files of recipes call it.
-        encoder, pretraining, classifier: the classes; `pretraining` is the purifier.
+        encoder, pretraining, classifier: the classes; `pretraining` is the purifier. The encoder's blocks are called
+            `layers.0`, `layers.1`, ...: layer decay and Muon find them by that name.
         also_loads: model types of transformers whose checkpoints load into these classes.
     """
 

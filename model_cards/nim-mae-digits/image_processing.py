@@ -13,6 +13,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 
 BICUBIC = 3
+CHANNELS = "RGB"  # Pillow's mode of every image that is read; "RGBA" would keep alpha as a fourth channel
 
 # Fewer pixels than this on a side hold nothing to reconstruct or to recognize (tracking pixels, broken downloads).
 MIN_SIDE_PIXELS = 8
@@ -42,7 +43,7 @@ def rgb_image(image: Image.Image) -> Image.Image:
     with suppress(Exception):  # Pillow raises many things for damaged EXIF, and the picture itself is sound
         image = ImageOps.exif_transpose(image)
     if is_16_bit:
-        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert(CHANNELS)
     if image.mode == "I":
         raise ValueError("its levels are 32-bit integers, whose white is unknown; store 8 or 16 bits a channel")
     if image.mode == "F":
@@ -50,8 +51,8 @@ def rgb_image(image: Image.Image) -> Image.Image:
         if not ((levels >= 0) & (levels <= 1)).all():  # NaN is in no range
             where = "NaN or infinite" if not np.isfinite(levels).all() else f"{levels.min():g} to {levels.max():g}"
             raise ValueError(f"its float levels must be in 0..1, got {where}; store 8 bits a channel")
-        return Image.fromarray(np.rint(levels * 255).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
+        return Image.fromarray(np.rint(levels * 255).astype(np.uint8)).convert(CHANNELS)
+    return image.convert(CHANNELS)
 
 
 def image_processor_for(config: PreTrainedConfig) -> ViTImageProcessorPil:
@@ -74,7 +75,7 @@ def image_processor_for(config: PreTrainedConfig) -> ViTImageProcessorPil:
             "crop_size": {"height": size, "width": size} if crop else None,
         }
     return ViTImageProcessorPil(
-        do_convert_rgb=True,
+        do_convert_rgb=CHANNELS == "RGB",
         do_resize=not in_tiles,
         **geometry,
         do_rescale=True,
@@ -112,7 +113,9 @@ def image_settings_of(config: PreTrainedConfig) -> ImageSettings:
     if processor is None:
         return ImageSettings(size, mean, std)
     levels = [
-        np.asarray(processor(Image.new("RGB", (640, 480), color), return_tensors="np")["pixel_values"][0], np.float64)
+        np.asarray(
+            processor(Image.new(CHANNELS, (640, 480), color), return_tensors="np")["pixel_values"][0], np.float64
+        )
         for color in ("black", "white")
     ]  # (3, H, W) each
     black, white = (level.mean(axis=(1, 2)) for level in levels)

@@ -102,11 +102,11 @@ def erase(images_01: torch.Tensor, probability: float, seeds: np.ndarray, image_
     numbers = uniforms(seeds, 2 * NUM_CROP_ATTEMPTS + 3)
     height, width = images_01.shape[-2:]
     chosen = np.flatnonzero(numbers[:, -1] < probability)
-    mean, std = (torch.tensor(values, device=images_01.device).view(3, 1, 1) for values in (image_mean, image_std))
+    mean, std = (torch.tensor(values, device=images_01.device).view(-1, 1, 1) for values in (image_mean, image_std))
     for index, generator in zip(chosen, generators(seeds[chosen], images_01.device), strict=True):
         window = random_window(height, width, numbers[index, :-1], ERASE_SCALE, ERASE_RATIO)
         top, left, window_height, window_width = window
-        noise = torch.randn(3, window_height, window_width, generator=generator, device=images_01.device)
+        noise = torch.randn(len(mean), window_height, window_width, generator=generator, device=images_01.device)
         images_01[index, :, top : top + window_height, left : left + window_width] = mean + std * noise
     return images_01
 

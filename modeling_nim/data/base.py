@@ -17,6 +17,16 @@ from .decode import BadImageError, decode_rgb
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
 
+# What `data.source` may be, and the class of this folder that opens it: a new source is its own file and a row here.
+SOURCES = {
+    "digits": "sources.DigitsSource",
+    "parquet": "tables.TableSource",
+    "folder": "folders.FolderSource",
+    "webdataset": "tars.TarSource",
+    "hub": "tables.TableSource",
+}
+STREAMED = ("parquet", "folder", "webdataset", "hub")
+
 
 @dataclass
 class DataRecipe:
@@ -34,7 +44,7 @@ class DataRecipe:
     split is held out, always the same images for the same `split_seed`, so that choices never touch the test split.
     """
 
-    source: Literal["digits", "parquet", "folder", "webdataset", "hub"] = "digits"  # how the images are stored
+    source: Literal[tuple(SOURCES)] = "digits"  # how the images are stored
     path: str | None = None  # the folder, or the data set's id on the Hub; digits need none
     config_name: str | None = None  # of a data set on the Hub that has several configurations
     train_split: str = "train"  # the source's own name of the training split
@@ -65,8 +75,8 @@ class DataRecipe:
                 f"data.path is {self.path!r} and data.source digits, which need none: name how the images are stored, "
                 "such as data.source=folder"
             )
-        if self.streaming and self.source == "digits":
-            raise ValueError("data.streaming is for data on disk or on the Hub; digits are in memory anyway")
+        if self.streaming and self.source not in STREAMED:
+            raise ValueError(f"data.streaming is for {', '.join(STREAMED)}; {self.source} are in memory anyway")
         if self.streaming and (self.cache_in_memory or self.validation_fraction):
             raise ValueError("data.streaming has no random access: unset data.cache_in_memory and validation_fraction")
 
@@ -84,6 +94,11 @@ class ImageSource:
     bad_images: Sequence[str] = ()
     classes_are_counted: bool = False
     fingerprint: str
+
+    @classmethod
+    def from_recipe(cls, recipe: DataRecipe, split: str, is_test: bool) -> "ImageSource":
+        """The source of one split, named as the data name it; `is_test` says whether it is the test split."""
+        return cls(recipe.path, split)
 
     def __len__(self) -> int:
         raise NotImplementedError

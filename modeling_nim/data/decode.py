@@ -12,7 +12,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from ..image_processing import check_image_size, rgb_image
+from ..image_processing import CHANNELS, check_image_size, rgb_image
 
 
 EXIF_ORIENTATION_TAG = 0x0112
@@ -58,7 +58,7 @@ def decode_window(encoded: bytes, image_id: str, window, size: int) -> np.ndarra
         shrink = min(window_height, window_width) // size
         factor = 8 if shrink >= 8 else 4 if shrink >= 4 else 2 if shrink >= 2 else 1
         least = {"min_height": height // factor, "min_width": width // factor} if factor > 1 else {}
-        pixels = simplejpeg.decode_jpeg(encoded, fastdct=True, **least)
+        pixels = simplejpeg.decode_jpeg(encoded, colorspace=CHANNELS, fastdct=True, **least)
     except ValueError:  # libjpeg stumbled: Pillow has the last word on whether the image is damaged
         return resize_window(np.asarray(decode_rgb(encoded, image_id)), window, size)
     pixels = _upright(pixels, orientation)

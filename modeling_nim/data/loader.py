@@ -19,6 +19,7 @@ from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import gather_object
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
+from ..image_processing import CHANNELS
 from ..runs.bounds import Bounds, check_fields
 from .base import DataRecipe, ImageSource
 from .decode import BadImageError, decode_window, resize_window
@@ -164,7 +165,7 @@ class TrainingImages(Dataset):
     ) -> dict[str, Any]:
         """Decode, cut and turn one image for each key: the first good one of its candidates `(stored, label, id)`."""
         numbers = uniforms(image_seeds(self.seed, epochs, indices, "crop"), 2 * NUM_CROP_ATTEMPTS + 3)
-        pixels = np.empty((len(indices), self.image_size, self.image_size, 3), np.uint8)
+        pixels = np.empty((len(indices), self.image_size, self.image_size, len(CHANNELS)), np.uint8)
         labels, bad_images = [], []
         for position, images in enumerate(candidates):
             image, label = self._first_good(images, numbers[position, :-1], bad_images)

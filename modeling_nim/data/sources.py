@@ -1,17 +1,16 @@
 """Where images come from: one `data` section of the recipe, one `ImageSource` whatever stands behind it."""
 
 import hashlib
+from importlib import import_module
 from typing import Literal
 
 import numpy as np
 from PIL import Image
 
-from .base import DataRecipe, ImageSource
+from ..image_processing import CHANNELS
+from .base import SOURCES, DataRecipe, ImageSource
 from .decode import BadImageError
-from .folders import FolderSource
 from .streams import StreamSource
-from .tables import TableSource
-from .tars import TarSource
 
 
 def load_source(recipe: DataRecipe, split: Literal["train", "validation", "test"]) -> ImageSource | StreamSource:
@@ -46,13 +45,9 @@ def load_source(recipe: DataRecipe, split: Literal["train", "validation", "test"
 
 
 def _open(recipe: DataRecipe, split: str, is_test: bool) -> ImageSource:
-    if recipe.source == "digits":
-        return DigitsSource(is_test)
-    if recipe.source == "folder":
-        return FolderSource(recipe.path, split)
-    if recipe.source == "webdataset":
-        return TarSource(recipe.path, split)
-    return TableSource(recipe, split)
+    module, name = SOURCES[recipe.source].split(".")
+    source_class = getattr(import_module(f".{module}", __package__), name)
+    return source_class.from_recipe(recipe, split, is_test)
 
 
 class DigitsSource(ImageSource):
@@ -67,11 +62,15 @@ class DigitsSource(ImageSource):
         self.indices = np.sort(test if is_test else train)
         gray = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8), the pixels are 0..16
         resized = [Image.fromarray(gray[i]).resize((32, 32), Image.Resampling.BILINEAR) for i in self.indices]
-        self.pixels = np.stack([np.asarray(image.convert("RGB")) for image in resized])  # (N, 32, 32, 3)
+        self.pixels = np.stack([np.asarray(image.convert(CHANNELS)) for image in resized])  # (N, 32, 32, 3)
         self.labels = digits.target[self.indices]
         self.class_names = [str(name) for name in digits.target_names]
         digest = hashlib.sha256(self.pixels.tobytes() + self.labels.astype(np.int64).tobytes()).hexdigest()
         self.fingerprint = f"digits:{'test' if is_test else 'train'}:{len(self)}:{digest[:16]}"
+
+    @classmethod
+    def from_recipe(cls, recipe, split, is_test):
+        return cls(is_test)
 
     def __len__(self):
         return len(self.indices)

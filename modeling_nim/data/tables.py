@@ -24,6 +24,10 @@ SAY_FROM_BYTES = 2**30
 class TableSource(ImageSource):
     """Rows of parquet shards or of a Hub data set, memory-mapped by `datasets` and decoded by us."""
 
+    @classmethod
+    def from_recipe(cls, recipe, split, is_test):
+        return cls(recipe, split)
+
     def __init__(self, recipe: DataRecipe, split: str):
         self.table_name = f"{os.path.basename(os.path.normpath(recipe.path))}/{split}"
         if recipe.source == "parquet":

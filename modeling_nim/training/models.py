@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .. import MODEL_SIZES, NIMPurifiedImageClassification
 from ..families_nim import ARCHITECTURES, BEGINNINGS, CLASSIFIERS
+from ..image_processing import CHANNELS
 from ..runs.files import INCOMPLETE, naming_path, remove, sync
 from ..runs.models import CLASSIFIER, COMPOSED_TYPE, DEFENDED, ModelKind, load_config, load_model
 
@@ -53,7 +54,7 @@ def make_config(recipe: ModelRecipe) -> PreTrainedConfig:
 def make_pretraining_model(recipe: ModelRecipe) -> PreTrainedModel:
     """A freshly initialized model for pre-training, from the global random state."""
     config = make_config(recipe)
-    require_rgb(config)
+    require_channels(config)
     return ARCHITECTURES[recipe.architecture].family.pretraining(config)
 
 
@@ -90,7 +91,7 @@ def load_classifier(path: str, class_names: list[str] | None, drop_path_rate: fl
         label2id={name: label for label, name in enumerate(class_names)},
         drop_path_rate=drop_path_rate,
     )
-    require_rgb(model.config)
+    require_channels(model.config)
     return model
 
 
@@ -126,10 +127,13 @@ def load_frozen_classifier(path: str, trust_remote_code: bool = False) -> PreTra
     return model.requires_grad_(False).eval()
 
 
-def require_rgb(config: PreTrainedConfig) -> None:
+def require_channels(config: PreTrainedConfig) -> None:
     """ValueError for a model of images that no data source gives."""
-    if config.num_channels != 3:
-        raise ValueError(f"the model takes {config.num_channels} channels and all images are RGB: use num_channels 3")
+    if config.num_channels != len(CHANNELS):
+        raise ValueError(
+            f"the model takes {config.num_channels} channels and all images are {CHANNELS}: use num_channels "
+            f"{len(CHANNELS)}"
+        )
 
 
 def save_model_dir(

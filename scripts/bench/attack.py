@@ -111,11 +111,15 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    on_gpu = torch.cuda.is_available()
+def parse_arguments(on_gpu: bool) -> argparse.Namespace:
     parser = make_parser()
     parser.set_defaults(**{name: values[0 if on_gpu else 1] for name, values in DEFAULTS.items()})
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    on_gpu = torch.cuda.is_available()
+    arguments = parse_arguments(on_gpu)
     device = torch.device("cuda" if on_gpu else "cpu")
     number, image_size = arguments.num_images, arguments.image_size
     images_01 = torch.rand(number, 3, image_size, image_size, device=device)
