@@ -427,9 +427,6 @@ def test_any_purifier_before_any_classifier(recipe, models, tmp_path):
     assert [row["sigma"] for row in summary["rows"]] == [20.0] * 3
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def test_certification_refuses_statistics_of_the_input_and_resumes(models, tmp_path, capsys):
     main = reference.load_script("run_certify").main
     content = {

@@ -152,9 +152,6 @@ def test_certificates_of_two_models_are_compared_on_the_images_of_both():
     assert certified_comparisons(certificates("a", [0.2]) + others, [0.0]) == []
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def run(targets, attacks, x, labels, epsilons, seeds=(0,), num_draws=3):
     """Records and summary of a small run without files."""
     records, settings = [], {}
@@ -363,9 +360,6 @@ def test_the_curve_of_certificates_shows_where_the_draws_end():
     assert accuracy[0] == 50 and accuracy[(radii > 0.2) & (radii < 0.6)].tolist()[0] == 25 and accuracy[-1] == 0
     assert limit.get_xdata()[0] == pytest.approx(0.616, abs=1e-3)
     assert "1,000 draws" in curve.get_label() and "4 images" in curve.get_label()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_protocols_say_what_the_bar_says():

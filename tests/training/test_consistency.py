@@ -73,9 +73,6 @@ def test_features_are_what_the_head_gets():
         find_head(classifier)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def denoised(tmp_path_factory):
     folder = tmp_path_factory.mktemp("denoised")
