@@ -58,7 +58,7 @@ for _auto_class, _model in [
     _config.register_for_auto_class()
     _model.register_for_auto_class(_auto_class.__name__)
 
-# transformers' own MAE checkpoints load into our classes: with today's key names, with those of before version 5, and
+# transformers' own MAE checkpoints load into these classes: with today's key names, with those of before version 5, and
 # with what version 5 writes when it goes back to old names ("decoder.decoder_encoder.layer.0" for
 # "decoder.decoder_layers.0"). `from_pretrained(DIR, image_size=...)` fits the positions.
 for _model in MAE.models:

@@ -93,14 +93,14 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, LoadedAsBuiltMixin, Pr
         self.post_init()
 
     def _init_weights(self, module: nn.Module):
-        """The parts initialize themselves; nothing stands between them."""
+        """Does nothing: the parts initialize themselves, and there are no other weights."""
 
     def get_input_embeddings(self) -> nn.Module:
         """The purifier's projection of patches, the first weights that the images meet."""
         return self.purifier.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Puts another projection of patches in the purifier's place of it."""
+        """Replaces the purifier's projection of patches."""
         self.purifier.set_input_embeddings(value)
 
     @classmethod
@@ -159,7 +159,7 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, LoadedAsBuiltMixin, Pr
                 "another.",
                 stacklevel=2,
             )
-        # Some configurations belong to several classifiers (DeiT's): this tells which, as save_pretrained does.
+        # Several classifiers may share a configuration (DeiT's do): this names the class, as save_pretrained does.
         classifier.config.architectures = [type(classifier).__name__]
         config = NIMPurifiedConfig(
             purifier_config=purifier.config,
@@ -286,7 +286,7 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, LoadedAsBuiltMixin, Pr
         votes = self._checked_votes(num_votes)
         require_image_size(pixel_values, (self.config.image_size, self.config.image_size))
         batch_size = pixel_values.shape[0]
-        if num_votes is None:  # draws for several votes say how many these are
+        if num_votes is None:  # given draws tell the number of votes
             per_vote = [draw for draw, ndim in ((epsilon, 5), (noise, 3)) if draw is not None and draw.ndim == ndim]
             votes = per_vote[0].shape[1] if per_vote else votes
         if votes > 1:
@@ -361,5 +361,5 @@ def _flatten_votes(name: str, draw: torch.Tensor | None, shape: tuple[str, ...],
 
 def _of_first_vote(tensors: tuple[torch.Tensor, ...] | None, votes: int) -> tuple[torch.Tensor, ...] | None:
     if tensors is None or votes == 1:
-        return tensors  # themselves, so that a gradient can be kept for them
+        return tensors  # the same tensors, so that a caller can retain their gradient
     return tuple(None if tensor is None else tensor[::votes] for tensor in tensors)

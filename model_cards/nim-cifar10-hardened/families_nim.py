@@ -1,6 +1,6 @@
-"""Which models there are: the two families, and what recipes call their ways of pre-training.
+"""The two families of models, and the names that recipes give to their ways of pre-training.
 
-Everything that has to know a model by its type or its name asks here.
+All code that finds a model by its type or its name uses these tables.
 """
 
 from dataclasses import dataclass

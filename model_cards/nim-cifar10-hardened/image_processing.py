@@ -20,7 +20,7 @@ MIN_SIDE_PIXELS = 8
 
 
 def check_image_size(height: int, width: int) -> None:
-    """Raises ValueError for an image with too few pixels to mean anything, or with so many that memory runs out."""
+    """Raises ValueError for an image with too few pixels to show anything, or with so many that memory runs out."""
     if min(height, width) < MIN_SIDE_PIXELS:
         raise ValueError(f"it has {width}x{height} pixels, fewer than {MIN_SIDE_PIXELS} on a side")
     if height * width > 2 * (Image.MAX_IMAGE_PIXELS or np.inf):  # the limit at which Pillow itself gives up
@@ -34,13 +34,13 @@ def rgb_image(image: Image.Image) -> Image.Image:
     clip both at 255, so that almost everything became white or black. Alpha is dropped, an animation gives its first
     picture.
 
-    Raises ValueError when the levels have no meaning (NaN, floats outside 0..1, 32-bit integers) or the size is
-    senseless, and whatever Pillow raises for a damaged file.
+    Raises ValueError when the levels have no meaning (NaN, floats outside 0..1, 32-bit integers) or `check_image_size`
+    refuses the size, and whatever Pillow raises for a damaged file.
     """
     check_image_size(image.height, image.width)
     is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
     image.load()
-    with suppress(Exception):  # Pillow raises many things for damaged EXIF, and the picture itself is sound
+    with suppress(Exception):  # Pillow raises many types for damaged EXIF; the pixels are intact
         image = ImageOps.exif_transpose(image)
     if is_16_bit:
         return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert(CHANNELS)
@@ -48,7 +48,7 @@ def rgb_image(image: Image.Image) -> Image.Image:
         raise ValueError("its levels are 32-bit integers, whose white is unknown; store 8 or 16 bits a channel")
     if image.mode == "F":
         levels = np.asarray(image)
-        if not ((levels >= 0) & (levels <= 1)).all():  # NaN is in no range
+        if not ((levels >= 0) & (levels <= 1)).all():  # NaN fails, too
             where = "NaN or infinite" if not np.isfinite(levels).all() else f"{levels.min():g} to {levels.max():g}"
             raise ValueError(f"its float levels must be in 0..1, got {where}; store 8 bits a channel")
         return Image.fromarray(np.rint(levels * 255).astype(np.uint8)).convert(CHANNELS)
@@ -88,7 +88,7 @@ def image_processor_for(config: PreTrainedConfig) -> ViTImageProcessorPil:
 @dataclass(frozen=True)
 class ImageSettings:
     """What a classifier expects of its images: side in pixels, mean and standard deviation of [0, 1] images, and how
-    its processor resizes and crops to that side; None for each that it does not tell."""
+    its processor resizes and crops to that side; None for each that is not known."""
 
     size: int | None = None
     mean: list[float] | None = None

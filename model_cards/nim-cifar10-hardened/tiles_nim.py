@@ -69,7 +69,7 @@ class TileGrid:
     def _weights(self, like: torch.Tensor) -> torch.Tensor:
         if self.window == "uniform":
             return torch.ones(self.size, self.size, dtype=like.dtype, device=like.device)
-        # Sampled at pixel centers, so that no pixel weighs nothing: at an image's corner there may be one tile alone.
+        # Sampled at pixel centers, so that every weight is above 0: one tile alone may cover an image's corner.
         centers = (torch.arange(self.size, dtype=torch.float64, device=like.device) + 0.5) / self.size
         hann = (math.pi * centers).sin().square()
         return (hann[:, None] * hann).to(like.dtype)

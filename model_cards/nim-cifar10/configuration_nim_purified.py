@@ -72,9 +72,9 @@ class NIMPurifiedConfig(PreTrainedConfig):
             self.classifier_image_std if self.classifier_image_std is not None else self.image_std,
         )
         num_labels = kwargs.pop("num_labels", None)
-        if num_labels is not None:  # in `from_pretrained`: weights of another number are refused as any classifier's
+        if num_labels is not None:  # from `from_pretrained`, which refuses weights of another number
             self.classifier_config.num_labels = num_labels
-        # The labels are the classifier's, so that the pipeline and the Hub see them where they look.
+        # The labels are copied from the classifier: the pipeline and the Hub read them here.
         self.id2label = dict(self.classifier_config.id2label)
         self.label2id = {name: index for index, name in self.id2label.items()}
         if not type(self).__module__.startswith("transformers_modules."):
@@ -84,7 +84,7 @@ class NIMPurifiedConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Adds where the pipeline with sigma, votes and the purified image is, for users without this package."""
+        """Adds the name of the pipeline with sigma, votes and purified image, for users without this package."""
         config = super().to_dict()
         for part in ("purifier_config", "classifier_config"):
             config[part]["_name_or_path"] = ""  # it was a path on the machine that composed the model
@@ -93,7 +93,7 @@ class NIMPurifiedConfig(PreTrainedConfig):
 
     @property
     def num_labels(self) -> int | None:
-        """Number of classes: the classifier's; another number is another classifier."""
+        """Number of classes of the classifier; setting it changes the classifier's configuration."""
         return None if self.id2label is None else len(self.id2label)
 
     @num_labels.setter
@@ -113,7 +113,7 @@ class NIMPurifiedConfig(PreTrainedConfig):
 
 
 def _sub_config(config: Any, default: type[PreTrainedConfig]) -> PreTrainedConfig:
-    """A part's configuration from a dict by its `model_type`, also where nothing of ours is registered."""
+    """A part's configuration from a dict by its `model_type`, also where this package's types are not registered."""
     if isinstance(config, PreTrainedConfig):
         return config
     config = dict(config or {})

@@ -1,4 +1,4 @@
-"""What the fields of a configuration must fulfill together, so that no model is built that nothing fits."""
+"""Checks of a configuration's fields against one another, before a model is built from them."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 
-# What fields of a model must fulfill: a number that breaks its rule builds a model that fails later, or in silence.
+# Rules for numbers of a model: one that breaks its rule gives a model that fails later or computes wrong values.
 _RULES = (
     (("num_hidden_layers", "intermediate_size", "decoder_intermediate_size"), "at least 1", lambda value: value >= 1),
     (("decoder_num_hidden_layers",), "at least 0", lambda value: value >= 0),
@@ -43,7 +43,7 @@ def check_sizes(config: PreTrainedConfig) -> None:
 
 
 def check_normalization(prefix: str, mean: Sequence[float], std: Sequence[float]) -> None:
-    """That the fields `prefix`mean and `prefix`std have as many numbers, and that one can divide by the second."""
+    """Checks that the fields `prefix`mean and `prefix`std have equally many numbers, those of std above 0."""
     if not all(map(math.isfinite, (*mean, *std))) or len(mean) != len(std) or min(std, default=0) <= 0:
         raise ValueError(
             f"{prefix}mean {list(mean)} and {prefix}std {list(std)}: give one number for each channel, standard "
@@ -52,7 +52,7 @@ def check_normalization(prefix: str, mean: Sequence[float], std: Sequence[float]
 
 
 def check_patch_embedding(config: PreTrainedConfig) -> None:
-    """That halving the image step by step reaches one pixel for a patch, and doubling the width the model's width."""
+    """Checks that steps of stride 2 turn a patch into one pixel, and that doublings end at the model's width."""
     if config.patch_embedding == "linear":
         return
     steps = config.patch_size.bit_length() - 1
@@ -65,7 +65,7 @@ def check_patch_embedding(config: PreTrainedConfig) -> None:
 
 
 def check_tiles(config: PreTrainedConfig) -> None:
-    """That tiles cover every image of at least their own size, and that its reflected border is narrower than it."""
+    """Checks that tiles cover every image of at least their size, and that the border is narrower than the image."""
     size = config.image_size
     stride = size // 2 if config.tile_stride is None else config.tile_stride
     border = size // 4 if config.tile_border is None else config.tile_border
@@ -80,9 +80,9 @@ def check_tiles(config: PreTrainedConfig) -> None:
 
 
 def check_degradation(config: PreTrainedConfig) -> None:
-    """That the fields of NIM-MAE which speak of masks and noise agree with its degradation."""
+    """Checks that the mask and noise fields of NIM-MAE agree with its degradation."""
     with_masks = "mask" in config.degradation
-    without_masks = config.adds_noise and config.mask_ratio == 0  # masks alone would leave nothing to score
+    without_masks = config.adds_noise and config.mask_ratio == 0  # else the loss needs hidden patches
     if with_masks and not without_masks and not 0 < config.mask_ratio < 1:
         raise ValueError(f"mask_ratio must be between 0 and 1{', or 0' * config.adds_noise}, got {config.mask_ratio}")
     if config.hides_patches and config.norm_pix_loss and config.patch_statistics == "noisy":

@@ -72,7 +72,7 @@ class ResizePositions(ConversionOps):
         **kwargs,
     ) -> dict[str, torch.Tensor]:
         ((table,),) = input_dict.values()
-        # The table and not the configuration knows the size: inside a purified model there are two configurations.
+        # The size comes from the table, not from the configuration: a purified model has two configurations.
         side = int((model.get_parameter(full_layer_name).shape[1] - 1) ** 0.5)
         return {target_patterns[0]: resize_position_table(table, (side, side))}
 
@@ -110,7 +110,7 @@ def patch_mean_and_std(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 class NIMConvolutionalProjection(nn.Sequential):
-    """Overlapping patches: 3x3 convolutions of stride 2 with GELU between them, until one pixel stands for a patch.
+    """Overlapping patches: 3x3 convolutions of stride 2 with GELU between them, until each patch is one pixel.
 
     The width doubles from step to step and ends at `hidden_size`. Takes `(B, C, H, W)`, returns
     `(B, hidden_size, H / patch, W / patch)` as the linear projection does ("Early Convolutions Help Transformers See
@@ -157,7 +157,7 @@ class NIMEmbeddings(ViTMAEEmbeddings):
 
 
 class NIMPreTrainedModel(ImageProcessorMixin, LoadedAsBuiltMixin, ViTMAEPreTrainedModel):
-    """Shared base of the NIM models: MAE's initialization, reached by every nested model, loaded weights left alone."""
+    """Base class of the NIM models: it initializes as MAE does, nested models too, and never changes loaded weights."""
 
     config_class = NIMConfig
     base_model_prefix = "vit"
@@ -349,7 +349,7 @@ class NIMForPreTraining(NIMPreTrainingMixin, NIMPreTrainedModel):
     def _decode(self, latent: torch.Tensor, ids_restore: torch.Tensor | None) -> torch.Tensor:
         if ids_restore is not None:
             return self.decoder(latent, ids_restore).logits
-        # Every patch was seen: no mask tokens and nothing to put back in order, so the gathers are passed by.
+        # Every patch was seen: no mask tokens and nothing to put back in order, so the gathers are skipped.
         hidden_states = self.decoder.decoder_embed(latent) + self.decoder.decoder_pos_embed  # (B, 1 + N, D')
         for layer in self.decoder.decoder_layers:
             hidden_states = layer(hidden_states)
@@ -365,16 +365,16 @@ class NIMForImageClassification(NIMPreTrainedModel):
     """
 
     config_class = NIMClassifierConfig
-    # What a pre-trained model has and a classifier does not.
+    # Weights of a pre-trained model that a classifier does not have.
     _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^vit\.layernorm\."]
 
     def __init__(self, config: NIMClassifierConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.vit = NIMModel(config, add_final_norm=False)  # the norm's place is taken by fc_norm, after the pooling
+        self.vit = NIMModel(config, add_final_norm=False)  # fc_norm takes the norm's place, after the pooling
         self.fc_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        # MAE's fine-tuning trains the table of positions with the rest; pre-training alone holds it.
+        # MAE's fine-tuning trains the table of positions; only pre-training freezes it.
         self.vit.embeddings.position_embeddings.requires_grad_()
         self.post_init()
 

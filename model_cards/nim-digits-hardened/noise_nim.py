@@ -14,7 +14,7 @@ import torch
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
-# Four times the range of levels: of the image nothing is left that a network could use, and 1e9 overflows in float16.
+# Four times the range of levels: a network finds nothing of the image in such noise, and 1e9 overflows in float16.
 MAX_SIGMA_255 = 1000
 
 
@@ -102,7 +102,7 @@ def parse_sigma(spec: str | float | int) -> SigmaSpec:
         ValueError: the text is no specification, or a number in it is negative, infinite, out of order or so large that
             sigma is above `MAX_SIGMA_255` (for "gamma", on average).
     """
-    kind, numbers = "fixed", (spec,)  # a number stays one: in a compiled graph it may be symbolic
+    kind, numbers = "fixed", (spec,)  # not converted: in a compiled graph a number may be symbolic
     if isinstance(spec, bool) or not isinstance(spec, (int, float)):
         match = _SPEC.match(str(spec))
         try:

@@ -113,9 +113,9 @@ class NIMImageClassificationPipeline(ImageClassificationPipeline):
             image = image.image
         try:
             image = rgb_image(_opened_image(image, timeout))  # as training and evaluation see it
-        except TypeError:  # what is no image at all
+        except TypeError:  # not a type of image
             raise
-        except Exception as error:  # Pillow's decoders raise whatever the file makes them trip over
+        except Exception as error:  # Pillow's decoders raise many types for damaged files
             named = repr(image[:200]) if isinstance(image, str) else f"of type {type(image).__name__}"
             what = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
             if isinstance(error, UnidentifiedImageError):
@@ -157,7 +157,7 @@ class NIMImageClassificationPipeline(ImageClassificationPipeline):
 
 
 def _fixed_sigma(value: Any) -> float:
-    """One image's sigma on 0..255; ValueError for a distribution, which would be drawn and not given."""
+    """One image's sigma on 0..255; ValueError for a distribution, which gives no fixed number."""
     number = value.item() if isinstance(value, (np.ndarray, np.generic, torch.Tensor)) else value
     spec = parse_sigma(number)
     if spec.kind != "fixed":
@@ -197,14 +197,14 @@ def _check_counts(num_images: int, num_sigmas: int) -> None:
 def _opened_image(source: Any, timeout: float | None) -> Image.Image:
     """A PIL image of whatever the pipeline takes: a PIL image, an array, a path, a URL, base64.
 
-    The stock loader clips 16-bit and float levels before anyone can look at them.
+    The stock loader would clip 16-bit and float levels.
     """
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, (np.ndarray, torch.Tensor)):
         levels = np.asarray(source.detach().cpu()) if isinstance(source, torch.Tensor) else source
         if np.issubdtype(levels.dtype, np.floating):
-            if not ((levels >= 0) & (levels <= 1)).all():  # NaN is in no range
+            if not ((levels >= 0) & (levels <= 1)).all():  # NaN fails, too
                 raise ValueError("an array of floats must hold levels in 0..1; give levels in 0..255 as uint8")
             levels = np.rint(levels * 255).astype(np.uint8)
         if levels.dtype != np.uint8:

@@ -78,7 +78,7 @@ class NIMSimMIMRelativePositionBias(BeitRelativePositionBias):
         self, window_size: tuple[int, int], interpolate_pos_encoding: bool = False, dim_size: int | None = None
     ) -> torch.Tensor:
         table, index = self.relative_position_bias_table, self.relative_position_index
-        if tuple(window_size) != self.window_size:  # the model has refused this unless interpolation was asked for
+        if tuple(window_size) != self.window_size:  # the model allows this only with interpolation
             table = resize_relative_positions(table, window_size)
             index = relative_position_index(window_size).to(table.device)
         return table[index].permute(2, 0, 1).unsqueeze(0)  # (1, heads, 1 + N, 1 + N)
@@ -101,8 +101,8 @@ class NIMSimMIMLayer(BeitLayer):
         resolution: tuple[int, int] | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        # Reentrant checkpoints see positional tensors alone, and the shared table of positions comes in the mask: by
-        # name its gradient would be taken once per layer through a graph that the first layer has freed.
+        # Reentrant checkpointing tracks positional arguments alone, and the mask holds the shared table of positions.
+        # As a keyword argument, every layer would go backward through a graph that the first one has freed.
         return super().__call__(hidden_states, attention_mask, interpolate_pos_encoding, resolution, **kwargs)
 
 
@@ -173,7 +173,7 @@ class NIMSimMIMModel(NIMSimMIMPreTrainedModel, BeitModel):
     """SimMIM's ViT: patches to tokens, CLS first; the last layer norm belongs to pre-training only."""
 
     def __init__(self, config: NIMSimMIMConfig | NIMSimMIMClassifierConfig):
-        # BeitModel's constructor is passed over: the layers must know their depth before they are initialized.
+        # BeitModel's constructor is skipped: the layers must know their depth before they are initialized.
         super(BeitModel, self).__init__(config)
         self.embeddings = BeitEmbeddings(config)
         shared = config.use_shared_relative_position_bias
@@ -208,7 +208,7 @@ class NIMSimMIMForPreTraining(NIMPreTrainingMixin, NIMSimMIMPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         **kwargs,
     ) -> NIMForPreTrainingOutput:
-        """What the network makes of degraded images.
+        """Reconstructs degraded images.
 
         Args:
             degraded, hidden: the two results of `degrade`; `hidden` `(B, N)` is 1 where a patch is hidden.
@@ -277,7 +277,7 @@ class NIMSimMIMForImageClassification(NIMSimMIMPreTrainedModel):
     """
 
     config_class = NIMSimMIMClassifierConfig
-    # What pre-training has and a classifier leaves behind.
+    # Weights of a pre-trained model that a classifier does not have.
     _keys_to_ignore_on_load_unexpected = [
         r"relative_position_index",
         r"^decoder\.",
@@ -344,7 +344,7 @@ class CopySharedRelativePositions(ConversionOps):
         **kwargs,
     ) -> dict[str, torch.Tensor]:
         (tables,) = input_dict.values()
-        # The part of the model that the table belongs to: it may not be the whole.
+        # The part that owns the table: inside a purified model it is not the whole model.
         config = model.get_submodule(full_layer_name.partition(".layers.0.")[0]).config
         side = config.image_size // config.patch_size
         table = resize_relative_positions(tables[0] if isinstance(tables, list) else tables, (side, side))

@@ -65,16 +65,16 @@ def _with_encoder_in_auto_map(config_dict: dict[str, Any], encoder: str) -> dict
 
 
 class DegradationMixin:
-    """What `degradation` asks for; with `"noise+mask"`, both."""
+    """Says whether `degradation` has noise, masks or, with `"noise+mask"`, both."""
 
     @property
     def adds_noise(self) -> bool:
-        """Whether Eq. 3 is part of the degradation, and sigma and epsilon of a draw."""
+        """Whether the degradation adds noise (Eq. 3); a draw then holds sigma and epsilon."""
         return "noise" in self.degradation
 
     @property
     def hides_patches(self) -> bool:
-        """Whether Eq. 1 is part of the degradation, and the order of patches of a draw."""
+        """Whether the degradation hides patches (Eq. 1); a draw then holds their order."""
         return "mask" in self.degradation and self.mask_ratio > 0
 
 
@@ -142,7 +142,7 @@ class NIMConfig(DegradationMixin, ViTMAEConfig):
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Also takes transformers' ViT-MAE configurations, which speak of a model that fills masks."""
+        """Also takes transformers' ViT-MAE configurations, which describe a model that fills masks."""
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
         if config_dict.get("model_type") == ViTMAEConfig.model_type:
             config_dict = {"degradation": "mask"} | config_dict | {"model_type": cls.model_type}
@@ -231,7 +231,7 @@ def _fix_simmim_fields(config: BeitConfig, fields: dict[str, bool], kwargs: dict
     for name, value in fields.items():
         setattr(config, name, value)
     for name in [name for name in kwargs if name.startswith("decoder_")]:
-        del kwargs[name]  # the sizes of MODEL_SIZES speak of MAE's decoder too; SimMIM's is one linear layer
+        del kwargs[name]  # MODEL_SIZES also sizes MAE's decoder; SimMIM's is one linear layer
 
 
 @strict

@@ -1,9 +1,9 @@
-"""What both pre-training families are: degrade (Eq. 3, Eq. 1 or both), reconstruct, score; without the score, purify.
+"""Base of both pre-training families: degrade (Eq. 3, Eq. 1 or both), reconstruct, score; purifying omits the score.
 
 An image larger than the model is degraded whole and reconstructed in overlapping tiles (`tile_*` of the configuration),
 so that sigma, epsilon and what is certified mean the same at every size.
 
-A family brings `reconstruct` and `forward_loss`, and says what its masks are made of (`mask_square_size`,
+A family implements `reconstruct` and `forward_loss`, and defines its masks (`mask_square_size`,
 `_hidden_from_noise`, `_hidden_from_mask`, `_mask_from_hidden`).
 """
 
@@ -46,7 +46,7 @@ class NIMForPreTrainingOutput(ViTMAEForPreTrainingOutput):
 
 
 class NIMPreTrainingMixin:
-    """The contract of a model that is trained to undo a degradation, and that defends a classifier by it.
+    """Methods of a model that is trained to undo a degradation, and that then defends a classifier.
 
     `forward` is `degrade`, `reconstruct`, `forward_loss`; `purify` is `degrade`, `restore`, where `restore` is
     `reconstruct` and a clamp. `draw` makes their random numbers beforehand.
@@ -98,7 +98,7 @@ class NIMPreTrainingMixin:
         device: torch.device,
         interpolate_pos_encoding: bool = False,
     ) -> dict[str, torch.Tensor]:
-        """The random numbers of these names for images `(B, C, H, W)`, of which shape and precision count."""
+        """The random numbers of these names; only shape and precision of the images `(B, C, H, W)` are used."""
         batch_size, *shape = images.shape
 
         def draw_noise(number: int, generator: torch.Generator | None) -> torch.Tensor:
@@ -282,7 +282,7 @@ class NIMPreTrainingMixin:
     def _restore_in_batches(
         self, degraded: torch.Tensor, hidden: torch.Tensor | None, pixel_values: torch.Tensor
     ) -> torch.Tensor:
-        if torch.compiler.is_exporting():  # a graph for every batch size has no loop over batches
+        if torch.compiler.is_exporting():  # a graph that takes every batch size has no loop over batches
             return self._restore(degraded, hidden, pixel_values)
         size = self.config.tile_batch_size
         batches = zip(
@@ -293,7 +293,7 @@ class NIMPreTrainingMixin:
         )
         if len(degraded) <= size or not torch.is_grad_enabled():
             return torch.cat([self._restore(*batch) for batch in batches])
-        # Computed again on the way back: otherwise the gradient would hold the activations of all tiles at once.
+        # The backward pass computes these again: otherwise memory would hold the activations of all tiles at once.
         return torch.cat([checkpoint(self._restore, *batch, use_reentrant=False) for batch in batches])
 
     def _restore(
@@ -318,7 +318,7 @@ class NIMPreTrainingMixin:
         return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
     def _error(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """What `reconstruction_loss` averages."""
+        """The error of each number, which the loss averages."""
         difference = prediction - target
         return difference.square() if self.config.reconstruction_loss == "mse" else difference.abs()
 

@@ -1,8 +1,8 @@
 """Fine-tuning augmentation in batches on the device: RandAugment, erasing, mixup, cutmix.
 
-kornia does the image operations. What happens to an image follows from the image's own seed (`data.randomness`), where
-kornia's augmentation classes draw once per batch from the global random state; so an image meets the same fate in any
-process and after any interruption. Mixup and cutmix mix neighbors of a batch.
+kornia does the image operations. The draws of an image follow from its own seed (`data.randomness`), whereas kornia's
+augmentation classes draw once per batch from the global random state. So an image is augmented alike in any process and
+after any interruption. Mixup and cutmix mix neighbors of a batch.
 """
 
 from collections.abc import Callable

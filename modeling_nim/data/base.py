@@ -104,7 +104,7 @@ class ImageSource:
         raise NotImplementedError
 
     def stored(self, index: int) -> tuple[bytes | np.ndarray, int]:
-        """The image as it is kept, encoded bytes or (H, W, 3) uint8 pixels, and its label."""
+        """The image as it is stored, encoded bytes or (H, W, 3) uint8 pixels, and its label."""
         raise NotImplementedError
 
     def image_id(self, index: int) -> str:

@@ -1,7 +1,7 @@
 """From encoded bytes to pixels: one careful path for evaluation, one fast path for training.
 
 Both apply the EXIF rotation and give RGB whatever the file holds (gray, palette, CMYK, alpha). A file that cannot be
-decoded raises `BadImageError`; who reads the data decides whether that stops the run or skips the image.
+decoded raises `BadImageError`; the caller decides whether that stops the run or skips the image.
 """
 
 import io
@@ -29,11 +29,11 @@ def decode_rgb(encoded: bytes, image_id: str) -> Image.Image:
     """Decode with Pillow and convert as `rgb_image` says: what `pipeline(...)` does with a file."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # damaged EXIF is not a damaged image; decompression bombs still raise
+            warnings.simplefilter("ignore")  # pixels with damaged EXIF may be intact; decompression bombs still raise
             return rgb_image(Image.open(io.BytesIO(encoded)))
-    except Exception as error:  # Pillow's decoders raise whatever the file makes them trip over
+    except Exception as error:  # Pillow's decoders raise many types for damaged files
         what = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-        if isinstance(error, UnidentifiedImageError):  # its own message holds an address, another one at every read
+        if isinstance(error, UnidentifiedImageError):  # its message holds an address that changes
             what = "not an image" if encoded else "empty file"
         raise BadImageError(f"cannot read image {image_id!r} ({len(encoded)} bytes): {what}") from None
 
@@ -59,7 +59,7 @@ def decode_window(encoded: bytes, image_id: str, window, size: int) -> np.ndarra
         factor = 8 if shrink >= 8 else 4 if shrink >= 4 else 2 if shrink >= 2 else 1
         least = {"min_height": height // factor, "min_width": width // factor} if factor > 1 else {}
         pixels = simplejpeg.decode_jpeg(encoded, colorspace=CHANNELS, fastdct=True, **least)
-    except ValueError:  # libjpeg stumbled: Pillow has the last word on whether the image is damaged
+    except ValueError:  # libjpeg failed: Pillow decides whether the image is damaged
         return resize_window(np.asarray(decode_rgb(encoded, image_id)), window, size)
     pixels = _upright(pixels, orientation)
     scale_y, scale_x = pixels.shape[0] / upright_height, pixels.shape[1] / upright_width
@@ -93,7 +93,7 @@ def _exif_orientation(encoded: bytes) -> int:
         warnings.simplefilter("ignore")
         try:
             orientation = Image.open(io.BytesIO(encoded)).getexif().get(EXIF_ORIENTATION_TAG, 1)
-        except Exception:  # damaged EXIF: Pillow raises many things, and the picture itself may be sound
+        except Exception:  # Pillow raises many types for damaged EXIF; the pixels may be intact
             return 1
     return orientation if orientation in range(1, 9) else 1
 

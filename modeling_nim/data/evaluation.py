@@ -1,4 +1,4 @@
-"""Images as evaluation and attacks meet them: exactly what the model's own image processor makes of them."""
+"""Images for evaluation and attacks, prepared by the model's own image processor."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +31,7 @@ class EvaluationImages(Dataset):
     """Items of `images_01` (3, H, W), `labels`, `indices` and `bad_images`.
 
     The last is "" or says why an image cannot be read; such an image is black and has the label `BAD_IMAGE_LABEL`.
-    Raised in a loader's worker, the error would come as a page of traceback.
+    An error that a loader's worker raises would print a long traceback.
     """
 
     def __init__(self, source: ImageSource, processor):
@@ -52,6 +52,6 @@ class EvaluationImages(Dataset):
 
 
 def evaluation_loader(images: EvaluationImages, batch_size: int, num_workers: int) -> DataLoader:
-    """Every image once, in order; its workers leave the global random state alone."""
+    """Loads every image once, in order; its workers do not change the global random state."""
     settings = {"generator": torch.Generator(), "worker_init_fn": ignore_stop_signals}
     return DataLoader(images, batch_size, num_workers=num_workers, **settings)

@@ -18,8 +18,7 @@ class FolderSource(ImageSource):
     """`path/split/class/image`, the classes in sorted order; names that begin with a dot are left out.
 
     The listing of a large folder is kept in the user's cache and used again while the modification times of all its
-    folders are the same: files that come, go or get other names are noticed, a file that is overwritten in place is
-    not.
+    folders are the same. So added, removed and renamed files are noticed, but not a file that is overwritten in place.
     """
 
     def __init__(self, path: str, split: str):
@@ -61,7 +60,7 @@ def _make_listing(root: str) -> dict:
                     files.append(os.path.join(relative, file))
                     labels.append(label)
                     status = os.stat(os.path.join(folder, file))
-                    if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+                    if not stat.S_ISREG(status.st_mode):  # reading a pipe would never end
                         raise ValueError(f"{os.path.join(folder, file)!r} is no file; take it out of the images")
                     digest.update(os.fsencode(f"{files[-1]}:{status.st_size}\n"))
     listing = {"class_names": class_names, "files": files, "labels": labels, "digest": digest.hexdigest()[:16]}

@@ -1,15 +1,15 @@
-"""Labels are whole numbers from 0 up: checked before a head is built on a typing error."""
+"""Checks that labels are whole numbers from 0 up, before a wrong one sets the number of classes."""
 
 from collections.abc import Sequence
 from typing import Any
 
 
-# A label as large as this, and ten times as large as there are images, counts no classes (a hash, an id, a year).
+# A label that is at least this and at least ten times the number of images is no class (a hash, an id, a year).
 _MANY_CLASSES = 1000
 
 
 def check_label(label: Any, class_names: Sequence[str] | None, num_images: int, where: str) -> int:
-    """The label, or ValueError that says `where` it stands and why it is none.
+    """Returns the label, or raises ValueError that says `where` it stands and what is wrong.
 
     It must be the number of one of `class_names`; where classes have no names, one that `num_images` images may have.
     """
@@ -30,5 +30,5 @@ def check_label(label: Any, class_names: Sequence[str] | None, num_images: int, 
 
 
 def counted_class_names(labels: Sequence[int]) -> list[str]:
-    """Names for classes without: their numbers, up to the highest label (all were checked)."""
+    """Numbers as names for classes without names, up to the highest label; all labels were checked."""
     return [str(label) for label in range(max(labels, default=-1) + 1)]

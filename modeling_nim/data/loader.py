@@ -36,14 +36,14 @@ Candidate = tuple[bytes | np.ndarray | BadImageError, int, str]
 
 @dataclass
 class CropRecipe:
-    """How a training image is cut out and turned, on the CPU while it is decoded.
+    """How a training image is cropped and flipped, on the CPU while it is decoded.
 
     - `crop: random_resized`: a window of `min_scale`..1 of the area, sides 3:4 to 4:3, resized to the model's size;
     - `crop: padded`: a window of the model's size at a random place of the image with `padding` black pixels around it;
     - `crop: native`: a window of the model's size at a random place of the image after its shorter side was resized to
       `shorter_side` pixels (smaller images are enlarged): textures keep their scale, as a purifier of photographs meets
       them. `shorter_side` must be at least the model's size;
-    - `crop: none`: the largest centerd square.
+    - `crop: none`: the largest centered square.
     """
 
     # random_resized, padded, native or none: see the docstring of CropRecipe
@@ -68,7 +68,7 @@ def random_window(
     """Top, left, height and width of a window with a share of the area in `scale` and a width : height in `ratio`.
 
     `numbers` are 2 * NUM_CROP_ATTEMPTS + 2 uniforms: attempts at (area, ratio), then the place. When no attempt fits,
-    the largest centerd window with an allowed ratio.
+    the largest centered window with an allowed ratio.
     """
     areas = height * width * (scale[0] + (scale[1] - scale[0]) * numbers[0:-2:2])
     ratios = np.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * numbers[1:-2:2])
@@ -100,7 +100,7 @@ def native_window(
 
 
 def center_window(height: int, width: int) -> tuple[int, int, int, int]:
-    """The largest centerd square: top, left, height, width."""
+    """The largest centered square: top, left, height, width."""
     side = min(height, width)
     return (height - side) // 2, (width - side) // 2, side, side
 
@@ -208,7 +208,7 @@ class TrainingImages(Dataset):
         raise ValueError(f"too many bad images in a row, the last: {bad_images[-1]}")
 
     def _shift(self, pixels: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        """Each image cut out of itself with a black border, at its own place."""
+        """Adds a black border to each image and crops it at a random place of its own."""
         padding, size = self.crop.padding, self.image_size
         padded = np.pad(pixels, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
         offsets = (numbers[:, :2] * (2 * padding + 1)).astype(int)  # (B, 2)
@@ -263,25 +263,25 @@ class StreamedImages(IterableDataset):
         lanes, lane = self.num_processes * len(self.positions), self.rank + self.num_processes * reader
         position = dataclasses.replace(self.positions[reader])
         if position.batches > min(other.batches for other in self.positions):
-            yield None  # the interrupted run had its turn: this one leaves its first out
+            yield None  # this reader had its turn in the interrupted run, and leaves one out
         stream = self.images.source.epochs(self.images.seed, self.rank, self.num_processes, position)
         while True:
-            # no image has a number of its own here: its place in the stream seeds what is random about it
+            # images of a stream have no index: the place in the stream seeds an image's draws
             indices = (position.batches * self.batch_size + np.arange(self.batch_size)) * lanes + lane
             candidates = (itertools.islice(stream, MAX_REPLACEMENTS) for _ in indices)
             try:
                 batch = self.images.batch(np.full(self.batch_size, self.images.seed), indices, candidates)
             except (ValueError, OSError, tarfile.TarError) as error:
-                yield ValueError(str(error))  # raised by who takes the batch
+                yield ValueError(str(error))  # `Batches` raises it
                 return
             position.batches += 1
             yield batch | {"reader": reader, "position": dataclasses.replace(position)}
 
 
 class Batches:
-    """The micro-batches of this process; `state` is what the next run needs to go on, where the step is not enough.
+    """The micro-batches of this process; `state` is what a resumed run needs besides the step.
 
-    An error of a loader's worker is raised here: from the worker it would come as a page of traceback.
+    An error of a loader's worker is raised here: raised in the worker it would print a long traceback.
     """
 
     def __init__(self, loader: Iterable[Any], positions: list[StreamPosition]):
@@ -355,9 +355,9 @@ def _stream_positions(state: dict[str, Any], num_processes: int, num_readers: in
 
 
 def ignore_stop_signals(_: int) -> None:
-    """For a loader's workers: a signal to all processes must not take them from a run that is about to save.
+    """Makes a loader's worker ignore signals that go to all processes: the run needs its workers until it has saved.
 
-    They end when the run tells them to, and notice when it was killed.
+    A worker ends when the run tells it to, or when the run was killed.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):

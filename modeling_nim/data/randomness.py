@@ -1,11 +1,11 @@
-"""Random numbers that belong to an image, not to the process that happens to load it.
+"""Random numbers that depend on the image, not on the process that loads it.
 
-Every draw is a pure function of (seed, epoch, image index, purpose). One GPU or eight, with or without workers, broken
-off and resumed: the same image in the same epoch meets the same crop, the same sigma and the same epsilon.
+Every draw is a pure function of (seed, epoch, image index, purpose). On one GPU or eight, with or without workers, also
+after an interruption: the same image in the same epoch gets the same crop, the same sigma and the same epsilon.
 
-The evaluation has other names (`robustness.draws`): there an image is known by its text id, because a result must not
-depend on its place in the data, and few images have many draws. Here it is an index, and millions of them are drawn for
-in every epoch: arithmetic on whole batches is a hundred times faster than a hash of each text.
+The evaluation names its draws by the image's text id (`robustness.draws`): a result must not depend on the place of an
+image in the data, and few images have many draws. Training names them by index, because an epoch draws for millions of
+images: arithmetic on whole batches is a hundred times faster than a hash of each text.
 """
 
 import zlib

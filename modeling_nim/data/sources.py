@@ -1,4 +1,4 @@
-"""Where images come from: one `data` section of the recipe, one `ImageSource` whatever stands behind it."""
+"""Where images come from: opens the `ImageSource` that the `data` section of a recipe names."""
 
 import hashlib
 from importlib import import_module

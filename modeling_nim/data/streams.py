@@ -1,4 +1,4 @@
-"""The training split as a stream, which goes on exactly where a broken off run was."""
+"""The training split as a stream, which resumes exactly where an interrupted run stopped."""
 
 import itertools
 import os
@@ -55,7 +55,7 @@ class StreamSource:
         self.num_images = recipe.num_images or known
         if not self.num_images:
             raise ValueError(f"how many images {recipe.path!r} streams is not known; set data.num_images")
-        # None where the labels are bare numbers: how many there are, a stream cannot tell
+        # None where classes have no names: a stream does not know how many classes there are
         self.class_names = getattr(rows.features[self.label_column], "names", None)
         self.rows, self.roots = undecoded(rows, self.image_column, recipe.path), file_roots(recipe)
         self.shuffle_buffer = recipe.shuffle_buffer
@@ -74,10 +74,10 @@ class StreamSource:
     ) -> Iterator[tuple[bytes | BadImageError, int, str]]:
         """This process's share from `position` on, epoch after epoch without end, shuffled; loader workers split it.
 
-        `position` moves along. What lies before it in its epoch is read again but not decoded: the order of the images
+        `position` is advanced. Images before it in its epoch are read again but not decoded: the order of the images
         follows from (seed, epoch).
-        An error in the place of bytes is that image's. Raises ValueError naming a damaged tar, when its first image
-        comes, and a label that is none.
+        A bad image has its error in place of its bytes. Raises ValueError naming a damaged tar, at its first image, or
+        a label that is no class.
         """
         from datasets.distributed import split_dataset_by_node
 

@@ -22,7 +22,7 @@ SAY_FROM_BYTES = 2**30
 
 
 class TableSource(ImageSource):
-    """Rows of parquet shards or of a Hub data set, memory-mapped by `datasets` and decoded by us."""
+    """Rows of parquet shards or of a Hub data set, memory-mapped by `datasets` and decoded as `data.decode` does."""
 
     @classmethod
     def from_recipe(cls, recipe, split, is_test):
@@ -44,7 +44,7 @@ class TableSource(ImageSource):
         self.labels = _checked_labels(rows, recipe, names)
         self.classes_are_counted = names is None
         self.class_names = counted_class_names(self.labels.tolist()) if names is None else list(names)
-        # the raw {bytes, path} column: our own decoder turns it into pixels
+        # the raw {bytes, path} column: `data.decode` turns it into pixels
         self.images = undecoded(
             rows.select_columns([recipe.image_column]), recipe.image_column, recipe.path
         ).with_format("arrow")
@@ -102,7 +102,7 @@ def _checked_labels(rows, recipe: DataRecipe, names: list[str] | None) -> np.nda
 def _open_parquet(files: list[str], split: str):
     """The rows, memory-mapped from an Arrow copy in the cache of `datasets`: parquet has no random access to a row.
 
-    Raises ValueError naming both sizes where the copy has no room; what takes long is said first.
+    Prints a line before a long copy. Raises ValueError naming both sizes where the copy has no room.
     """
     import datasets
     import pyarrow.parquet

@@ -15,7 +15,7 @@ from .labels import check_label, counted_class_names
 def whole_tar(path: str) -> Iterator[tarfile.TarFile]:
     """An open tar whose members are all read in the block. ValueError names one that is damaged, in the middle too.
 
-    `tarfile` takes a header that it cannot read for the end: what follows would be missing without a word.
+    `tarfile` takes a header that it cannot read for the end: the files after it would be missing without an error.
     """
     try:
         with tarfile.open(path, "r:") as tar:
