@@ -1,4 +1,4 @@
-"""What makes a result suspicious. Each alarm is printed, and stored with the summary; nothing here runs a model."""
+"""Alarms about suspicious results. Each is printed, and stored with the summary; nothing here runs a model."""
 
 import math
 from collections import defaultdict
@@ -20,13 +20,13 @@ def _alarm(alarm: str, where: str, message: str) -> Alarm:
 
 
 def print_alarms(accelerator: Accelerator, alarms: Sequence[Alarm]) -> None:
-    """A line each, from the main process alone."""
+    """Prints a line for each alarm, from the main process alone."""
     for alarm in alarms:
         accelerator.print(f"ALARM {alarm['alarm']} [{alarm['where']}]: {alarm['message']}")
 
 
 def of_models(models: dict[str, dict[str, Any]]) -> list[Alarm]:
-    """On what was tried on the models themselves, by `model_key`: `checks.inspect_target` says what the keys mean."""
+    """Alarms from the checks of models, by `model_key`; `checks.inspect_target` explains the keys of a check."""
     alarms = []
     for name, model in models.items():
         if not model.get("repeatable", True):
@@ -53,7 +53,7 @@ def of_models(models: dict[str, dict[str, Any]]) -> list[Alarm]:
 
 
 def of_clean_accuracy(name: str, right: Sequence[float], model: dict[str, Any]) -> list[Alarm]:
-    """On the accuracy without an attack, per image in [0, 1], against chance and what the model's card states."""
+    """Alarms on clean accuracy, per image in [0, 1], against chance and what the model's card states."""
     accuracy, (low, high) = percent(right), interval(right)
     alarms = []
     chance = model.get("chance")
@@ -72,7 +72,7 @@ def of_clean_accuracy(name: str, right: Sequence[float], model: dict[str, Any]) 
 
 
 def of_records(groups: Groups, attacks: dict[tuple, dict[str, Any]], models: dict[str, dict[str, Any]]) -> list[Alarm]:
-    """On what the records of each model, attack and budget hold."""
+    """Alarms on the records of each model, attack and budget."""
     alarms = []
     for group, members in groups.items():
         model, sigma, label, threat, epsilon = group
@@ -125,9 +125,9 @@ def _of_attack(where: str, group: tuple, members: list[Record], control: list[Re
     return alarms
 
 
-# From here on an attack with full knowledge that takes nothing from a model deserves no trust.
+# From this budget on, a white-box attack that takes no accuracy from a model is suspicious.
 NOT_SMALL_255 = {"linf": 4.0, "l2": 128.0}
-# Photographs have so many pixels that 2/255 in each of them is far in L2, and enough to ruin a plain model.
+# On photographs 2/255 in every pixel is a large L2 distance, and fools a model without a defense.
 NOT_SMALL_L2_OF_LINF_255 = 512.0
 
 
@@ -137,7 +137,10 @@ def _is_not_small(members: list[Record], epsilon_255: float, norm: str) -> bool:
 
 
 def _takes_nothing(members: list[Record], control: list[Record], clean: float, accuracy: float) -> bool:
-    """Less than one point of accuracy, and the loss grows by less than half: a robust model's loss does rise."""
+    """Whether an attack costs less than a point of accuracy and raises the loss by less than half.
+
+    The loss of a robust model rises by more.
+    """
     if clean < 20 or accuracy < clean - 1:
         return False
     attacked = {record.image_id for record in members}
@@ -147,7 +150,7 @@ def _takes_nothing(members: list[Record], control: list[Record], clean: float, a
 
 
 def of_comparisons(comparisons: Sequence[dict[str, Any]]) -> list[Alarm]:
-    """On pairs of models that the images do not rank, the farthest apart of each attack."""
+    """Alarms on pairs of models that the images cannot rank; of each attack the pair farthest apart is named."""
     undecided: dict[tuple, list[dict]] = defaultdict(list)
     for comparison in comparisons:
         first, second = comparison["accuracy_majority"]
@@ -165,7 +168,7 @@ def of_comparisons(comparisons: Sequence[dict[str, Any]]) -> list[Alarm]:
 
 
 def _where_white_box_is_weaker(groups: Groups, attacks: dict[tuple, dict[str, Any]]) -> list[Alarm]:
-    """The attacker who knows more must not do worse, beyond what chance explains (paired over the images)."""
+    """Alarms where every white-box attack does worse than a weaker attacker, beyond chance (paired over the images)."""
     families: dict[tuple, dict[str, list[tuple[str, dict[str, float]]]]] = defaultdict(lambda: defaultdict(list))
     for group, members in groups.items():
         model, sigma, label, threat, epsilon = group

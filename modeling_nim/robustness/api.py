@@ -304,7 +304,7 @@ def certify(
 
 
 def _warn(alarms: Iterable[Alarm]) -> None:
-    """What the scripts print, as warnings of Python."""
+    """Gives as Python warnings the alarms that the scripts print."""
     for alarm in alarms:
         warnings.warn(f"{alarm['alarm']} [{alarm['where']}]: {alarm['message']}", stacklevel=3)
 
@@ -326,7 +326,7 @@ def _targets(model: Any) -> list[Target]:
 
 
 def _list(values: Any, name: str) -> list[Any] | None:
-    """A list of what an argument holds, one thing or several; None stays None."""
+    """An argument as a list, whether it holds one value or several; None stays None."""
     if values is None:
         return None
     if isinstance(values, (str, Real)):

@@ -101,8 +101,8 @@ def pgd(
     """Projected gradient ascent; returns the last iterate.
 
     With `patch_size`, start and steps are constant over each patch, so that the perturbation moves patch means alone:
-    the patch-mean attack. Pixels that have met 0 or 1 on the way lag behind their patch; holding them to it as well, by
-    clipping the image instead of the iterate, left the same accuracy on digits.
+    the patch-mean attack. Pixels that were clipped at 0 or 1 move less than their patch. Clipping the image instead of
+    the iterate would prevent that; on digits it left the same accuracy.
     `start_01` overrides the start; `weigh` weights the draws of each step (`Oracle.gradient`).
     """
     if patch_size is not None:
@@ -123,9 +123,9 @@ def pgd(
 
 
 def pgd_weighted(oracle: Oracle, images_01: torch.Tensor, epsilon: float, **settings: Any) -> torch.Tensor:
-    """PGD that climbs on the draws that are about to fail, where the plain mean listens to all draws alike.
+    """PGD whose gradient gives most weight to the draws that are about to fail; `pgd` weights all draws equally.
 
-    On 100 digits it took no more than the plain mean at equal cost: 20 steps of 10 draws at 8 and 16/255 left a
+    On 100 digits it was no stronger than `pgd` at equal cost: 20 steps of 10 draws at 8 and 16/255 left a
     hardened model 91.4 and 76.7 (`pgd`: 91.4 and 76.8), an unhardened one 69.9 and 25.4 (70.3 and 25.3).
     """
     return pgd(oracle, images_01, epsilon, weigh=closeness_to_failing, **settings)
@@ -152,7 +152,7 @@ def apgd(oracle: Oracle, images_01: torch.Tensor, epsilon: float, steps: int, no
     """Auto-PGD (Croce & Hein 2020, Algorithm 1): momentum, and a step size that is halved when progress stops.
 
     Returns the iterate with the largest loss, averaged over the draws that the oracle gave it. `steps` counts
-    gradients, as for PGD, the one at the random start included: the paper's algorithm makes one move more and looks at
+    gradients, as for PGD, the one at the random start included: the paper's algorithm makes one step more and evaluates
     its end point.
     """
     momentum, progress_share = 0.75, 0.75
@@ -215,9 +215,9 @@ def square(
     """Square attack, L-inf: random squares are kept when they raise the margin loss, averaged over the oracle's draws.
 
     `queries` counts the model's answers per image, every draw of an average included. `stop_when_wrong` ends an image
-    at its first wrong answer; None: where the model is not random. A random model would be judged by one lucky draw, so
-    there the attack goes on, and a loss that a square was kept for, the luckiest of many, is measured again before it
-    is compared.
+    at its first wrong answer; None: where the model is not random. On a random model one lucky draw would end the
+    image, so there the attack goes on. The loss of a kept square, the largest of many, is measured again before each
+    comparison.
     """
     batch, channels, height, width = images_01.shape
     device = images_01.device
@@ -328,7 +328,7 @@ ATTACKS: dict[str, Attack] = {
         gradients=lambda recipe: 0,
         answers=lambda recipe: recipe.queries,
     ),
-    # what its classes ask for is theirs: name black_box for those that need answers alone
+    # its classes need gradients or answers: name black_box for those that need answers alone
     "torchattacks": Attack(
         run_torchattacks,
         (*WHITE_OR_GRAY, "black_box"),
@@ -360,7 +360,7 @@ def find_attack(attack: str | Callable[..., torch.Tensor]) -> Attack:
 
 def check_arguments(row: Attack, arguments: dict[str, Any], who: str) -> None:
     """ValueError when `arguments` name what the function does not take, or leave out what it cannot do without."""
-    if "arguments" not in row.settings or "torchattacks_class" in row.settings:  # its classes know their own
+    if "arguments" not in row.settings or "torchattacks_class" in row.settings:  # torchattacks_peer checks them
         return
     parameters = inspect.signature(row.run).parameters
     positional = [item for item in parameters.values() if item.kind <= item.VAR_POSITIONAL]

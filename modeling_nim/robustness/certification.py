@@ -58,8 +58,8 @@ class CertifyRecipe:
 def check_certifiable(target: Target, images_01: torch.Tensor) -> float:
     """The target's sigma on 0..255, or ValueError saying why no certificate of it would be valid.
 
-    Besides the configuration, the model itself is asked: a shift of the image that the noise takes back must change
-    nothing, for the answer must depend on the noisy image alone.
+    The answer must depend on the noisy image alone. So the configuration is read, and the model is tested: the answer
+    must stay the same when the image is shifted and the noise shifted back.
     """
     if isinstance(target, SmoothedTarget):
         if target.base.is_random or not inspect_target(target.base, images_01)["repeatable"]:
@@ -126,7 +126,7 @@ def certify_image(
 ) -> Certificate:
     """The certificate of one image; `prediction` is None and `radius` 0.0 where it abstains (Algorithm 2, CERTIFY)."""
     num_selection = recipe.num_selection_draws
-    # draws of their own for the class and for its bound: one that saw the other would bound too high
+    # separate draws for the class and for its bound: shared ones would make the bound too high
     draws = range(num_selection), range(num_selection, num_selection + recipe.num_draws)
     selection, estimation = (
         count_votes(target, image_01, image_id, recipe.seed, part, recipe.micro_batch) for part in draws
@@ -192,9 +192,9 @@ def certified_comparisons(certificates: Sequence[Certificate], radii: Sequence[f
 
 
 class CertificationRun:
-    """Targets and images to be certified; making one refuses what cannot be, and writes nothing.
+    """Targets and images to be certified; creating one refuses what cannot be certified, and writes nothing.
 
-    `warnings` are the alarms that ring before the first certificate.
+    `warnings` are the alarms that come before the first certificate.
     """
 
     def __init__(
@@ -222,7 +222,7 @@ class CertificationRun:
     def open(self, accelerator: Accelerator) -> RecordFile:
         """The certificates in `recipe.output_dir`, with those of a run that was stopped."""
         settings = run_settings(self.recipe, accelerator.device, models=self.models, data=self.images.fingerprint)
-        settings["recipe"].pop("radii")  # the table's alone: another one can be made of the same certificates
+        settings["recipe"].pop("radii")  # only the table depends on it
         units = plan_units([self.num_images] * len(self.targets), batch_size=1)
         return RecordFile(
             self.recipe.output_dir, settings, units, accelerator, self._identities, Certificate, name="certificates"
@@ -233,7 +233,7 @@ class CertificationRun:
         return [(self.targets[unit.job].name, self.sigmas[unit.job], name) for name in names]
 
     def rounds(self, certificates: RecordFile) -> Iterator[list[Certificate]]:
-        """Certifies image by image; gives what all processes wrote."""
+        """Certifies image by image; yields what all processes wrote."""
         for unit in certificates.rounds():
             start, lines = time.perf_counter(), []
             if unit is not None:

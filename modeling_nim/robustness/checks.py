@@ -1,4 +1,4 @@
-"""What is asked of a model before hours are spent on it, and of its files before it is run."""
+"""Checks of a model and of its files, before an evaluation that takes hours."""
 
 import json
 from pathlib import Path
@@ -15,12 +15,12 @@ from .targets import Target
 
 @torch.no_grad()
 def inspect_target(target: Target, images_01: torch.Tensor) -> dict[str, bool]:
-    """What can be told of a model from its answers to images `(B, C, H, W)` in [0, 1].
+    """Checks a model by its answers to images `(B, C, H, W)` in [0, 1].
 
     - `repeatable`: equal draws give equal answers.
     - `draws_differ`, of a random model: other draws give other answers, in another batch and within one.
-    - `continuous`: the answer to equal draws stays where it is when each pixel's last bit changes, or two pixels by one
-      step of 8 bits. Noise that is made from the image repeats itself; this is the question that finds it.
+    - `continuous`: the answer to equal draws hardly changes when each pixel's last bit changes, or two pixels by one
+      step of 8 bits. Noise that is made from the image is `repeatable`; this check finds it.
     - `independent`: the answer to an image does not depend on the others in its batch.
 
     Raises ValueError where logits are NaN or infinite.
@@ -40,7 +40,7 @@ def inspect_target(target: Target, images_01: torch.Tensor) -> dict[str, bool]:
         result["draws_differ"] = not torch.equal(logits, answer(images_01, range(number, 2 * number))) and (
             number == 1 or float((alike - alike[0]).abs().max()) > 1e-6 * size
         )
-    if not result["repeatable"]:  # which would show in the other answers as well
+    if not result["repeatable"]:  # the other checks would fail for the same reason
         return result | {"continuous": True, "independent": True}
     stepped = images_01.clone()
     for row, column in ((0, 0), (images_01.shape[-2] // 2, images_01.shape[-1] // 2)):

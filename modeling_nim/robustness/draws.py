@@ -2,8 +2,8 @@
 
 A number is named by (seed, image id, purpose, indices) and by nothing else. So the attacker, the defense and the
 scoring never share a draw, and a result does not depend on the batch an image is in, on how many processes there are,
-or on where a run was interrupted. The global generators are neither read nor advanced. Why training has other names is
-said in `data.randomness`.
+or on where a run was interrupted. The global generators are neither read nor advanced. `data.randomness` says why
+training has other names.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ PICTURE, RECONSTRUCTION, CERTIFY = "picture", "reconstruction", "certify"
 def stream_seed(seed: int, image_id: str, purpose: str, *indices: int) -> int:
     """A 63-bit seed for one draw; equal names give equal seeds, on every machine.
 
-    torch's CPU generator reads the low 32 bits alone. Of an attack with thousands of draws, one is then the same as one
-    of the ten that are scored with a chance of 2e-5 per image, which moves nothing. Where draws must be independent of
-    each other by the letter, use `distinct_seeds`.
+    torch's CPU generator reads the low 32 bits alone. So one of an attack's thousands of draws equals one of the ten
+    that are scored with a probability of 2e-5 per image, which changes no result. Where draws must be independent
+    without exception, use `distinct_seeds`.
     """
     name = f"{seed}/{image_id}/{purpose}/{'/'.join(map(str, indices))}"
     return int.from_bytes(hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest(), "big") >> 1

@@ -44,7 +44,7 @@ def attack_images(
     kept = list(range(batch))
     selection_draws = num_draws if target.is_random and not known_draw else 1
     if recipe.skips(selection_draws):
-        purpose = EVALUATE if known_draw else SELECT  # who knows the draw need not guess whether it is right
+        purpose = EVALUATE if known_draw else SELECT  # who knows the draw checks on it
         rows = rows_per_pass(micro_batch, target)
         logits = decide(target_forward(target), images_01, image_ids, job.seed, purpose, selection_draws, rows)
         ever_right = (logits.argmax(dim=-1) == labels[:, None]).any(dim=1)
@@ -107,7 +107,7 @@ def _attack(job, targets, images_01, labels, image_ids, selection_draws, micro_b
 
 
 def _check_shape(found: Any, images_01: torch.Tensor, label: str) -> None:
-    """ValueError for an attack whose result would be taken for other images, by broadcasting or not at all."""
+    """ValueError for an attack whose result has not the shape of the images; broadcasting would hide that."""
     shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
     if shape != tuple(images_01.shape):
         raise ValueError(f"attack {label!r} was given images {tuple(images_01.shape)} and returned {shape}")
@@ -135,8 +135,8 @@ def score_batch(
 ) -> list[Record]:
     """One record per image: predictions on the evaluation draws, and the perturbation measured on what was scored.
 
-    `clean_predictions` are those of the control with the same seed, on the same draws; images that are not among them
-    are put to the model once more (with more processes than batches, the control may be under way elsewhere).
+    `clean_predictions` are those of the control with the same seed, on the same draws. Images that are not among them
+    are classified here (with more processes than batches, another process may not have finished the control).
     """
     target = targets[job.target]
     draws = num_draws if target.is_random and job.threat_model != "white_box_known_draw" else 1

@@ -35,8 +35,8 @@ class Job:
 def plan_jobs(plan: Protocol, targets: Sequence[Target], num_images: int) -> list[Job]:
     """All jobs in the order of their records: model by model, the control first.
 
-    A model without a defense has no draw to be unaware of: it is attacked in the white-box and black-box settings, and
-    by transfer. EOT and known draws mean nothing to it either.
+    A model without a defense has no noise that an attacker could know: it is attacked in the white-box and black-box
+    settings and by transfer, without EOT and known draws.
     """
     for attack in plan.attacks:
         _check_names(attack, targets)
@@ -44,7 +44,7 @@ def plan_jobs(plan: Protocol, targets: Sequence[Target], num_images: int) -> lis
     jobs: list[Job] = []
     for index, target in enumerate(targets):
         attacked = _jobs_of(index, target, plan, total)
-        # the control answers for every image that is attacked, with every seed
+        # the control covers every image that is attacked, with every seed
         seeds = sorted({*plan.seeds, *(job.seed for job in attacked)})
         images = max((job.num_images for job in attacked), default=total)
         jobs += [Job(index, None, "clean", 0.0, seed, images) for seed in seeds] + attacked
@@ -53,7 +53,7 @@ def plan_jobs(plan: Protocol, targets: Sequence[Target], num_images: int) -> lis
 
 def _jobs_of(index: int, target: Target, plan: Protocol, total: int) -> list[Job]:
     """The attacks on one target, without its control."""
-    planned = set()  # of a model without randomness, on which many settings come to the same
+    planned = set()  # on a model without randomness, many settings give the same attack
     jobs: list[Job] = []
     for attack in plan.attacks:
         if not _meets(attack, target):
@@ -95,7 +95,7 @@ def _check_names(attack: AttackRecipe, targets: Sequence[Target]) -> None:
 
 
 def is_among(sigma: str, sigmas: list[float | str]) -> bool:
-    """Whether a target's sigma is one of those a recipe lists; masking has none and always is."""
+    """Whether a target's sigma is one of those a recipe lists; a defense by masks has none, and always is."""
     if sigma == "mask":
         return True
     return any(parse_sigma(sigma) == parse_sigma(other) for other in sigmas)

@@ -204,7 +204,7 @@ def check_classes(targets: Sequence[Target], source: ImageSource | TensorImages)
 
 
 def check_losses(targets: Sequence[Target], attacks: Sequence[AttackRecipe]) -> None:
-    """ValueError when an attack ranks three classes and a model has two: better now than hours into a run."""
+    """ValueError when an attack ranks three classes and a model has two; raised before the run starts."""
     for target in targets:
         for attack in attacks:
             if attack.uses_dlr and target.num_classes is not None and target.num_classes < 3:

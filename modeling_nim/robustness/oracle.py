@@ -45,8 +45,8 @@ def dlr_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def closeness_to_failing(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The slope of a sigmoid of the margin, a weight of a draw `(R,)`: largest on the border of a mistake.
 
-    What is wrong already needs no more, and what is far from wrong is out of reach. The floor keeps an image that is
-    far from wrong on all of its draws from a gradient of zero.
+    Draws that are wrong already and draws that are far from a mistake get little weight. The floor keeps the
+    weights above zero where all draws of an image are far from a mistake.
     """
     margins = margin_loss(logits, labels).clamp(-30, 30)
     return torch.sigmoid(margins) * torch.sigmoid(-margins)
@@ -104,7 +104,7 @@ class Oracle:
         """Of the draws that the next answer about an image uses."""
         if self.known_draw:
             return [stream_seed(self.seed, self.image_ids[image], EVALUATE, 0)] * len(draws)
-        # every question meets fresh noise: how much the image has been asked before is part of the draw's name
+        # every query gets fresh noise: the number of earlier queries of the image is part of the draw's name
         name = (self.seed, self.image_ids[image], ATTACK, self.restart, int(self.queries[image]))
         return [stream_seed(*name, draw) for draw in draws]
 
@@ -156,7 +156,7 @@ class Oracle:
             losses, gradients = losses / weights, gradients / weights.view(-1, 1, 1, 1)
         self.queries += self.eot_samples
         zero = gradients.flatten(1).abs().amax(dim=1) == 0
-        if self.row_loss is dlr_loss:  # flat, at its largest value, once an attack has gone far enough
+        if self.row_loss is dlr_loss:  # constant at its largest value, 1, where a gradient of zero is right
             zero &= losses < 1 - 1e-6
         self.zero_gradients += zero.cpu()
         return losses, gradients

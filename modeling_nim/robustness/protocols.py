@@ -25,14 +25,14 @@ def protocol(
 ) -> Protocol:
     """A protocol by name.
 
-    - `smoke`: 64 images, PGD-10. Says that everything runs, and nothing else.
+    - `smoke`: 64 images, PGD-10. It shows only that everything runs.
     - `paper`: what the paper reports: PGD-10 at 2/255 with its step of 2/255 (and with 0.5/255 beside it), white-box
       and gray-box on all images; Square at 16/255 with 1,000 queries on 1,024 images.
     - `neurips`: the other version of the paper: sigma 70 and 140, 4/255, FGSM, PGD-10, AutoAttack.
-    - `standard`: what a randomized defense has to stand today: 512 images, PGD-100 with EOT-20 and 2 restarts,
+    - `standard`: the attacks that a randomized defense must withstand: 512 images, PGD-100 with EOT-20 and 2 restarts,
       AutoAttack's `rand`, transfer from the classifier, from its features and from `sources`, averaged Square, the
       patch-mean attack, the known draw, 3 seeds, 10 draws; on a quarter of the images sweeps over steps and EOT
-      samples, and 128/255, where nothing may survive.
+      samples, and 128/255, where no accuracy may be left.
 
     `epsilon_255` replaces the main budgets (2/255; `neurips` 4/255; `standard` 2 and 4/255), `num_images` the images.
     """

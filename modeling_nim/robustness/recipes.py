@@ -154,7 +154,7 @@ class AttackRecipe:
         parts = [self.kind + (f"-{self.steps}" if self.uses_steps else "")]
         changed = self.changed_settings()
         for key, text in _LABELS.items():
-            # Square's budget always counts; torchattacks' tables have never named theirs
+            # Square's label always has its queries; labels of torchattacks never have them, as in earlier tables
             if self.attack == "square" if key == "queries" else key in changed:
                 parts.append(text.format(short_name(getattr(self, key)) if key == "loss" else getattr(self, key)))
         return " ".join(parts + ["torchattacks"] * (self.attack == "torchattacks"))

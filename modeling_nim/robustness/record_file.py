@@ -54,7 +54,7 @@ class RecordFile:
     """`DIR/records.jsonl` (or another `name`), its clock `DIR/seconds.jsonl`, and `DIR/run.json`, the settings.
 
     `settings` is everything the records depend on. A directory that was made with other settings is refused, and so is
-    one that another run is writing to; `close` gives it up.
+    one that another run is writing to; `close` releases it.
     """
 
     def __init__(
@@ -177,11 +177,11 @@ class RecordFile:
         if not self.path.exists():
             return []
         lines = self.path.read_bytes().splitlines(keepends=True)
-        self._complete(lines)  # whoever else has written to the file is found out before a table is made of it
+        self._complete(lines)  # raises where another program has changed the file
         return [self.record_type.from_json(json.loads(line)) for line in lines]
 
     def close(self) -> None:
-        """Another run may write to the directory. The end of the process does the same."""
+        """Releases the directory for other runs, as the end of the process does."""
         if self.accelerator.is_main_process:
             unlock_directory(self.directory)
 
@@ -200,7 +200,7 @@ class RecordFile:
 
 
 def _readable(clock: Sequence[bytes]) -> Iterator[bytes]:
-    """The lines of a clock up to the first that is none: seconds inform, they are not worth a stop."""
+    """The lines of a clock up to the first damaged one: missing seconds must not stop a run."""
     for line in clock:
         try:
             entry = json.loads(line)

@@ -25,7 +25,7 @@ from .summary import Summary, summarize
 from .targets import Target
 
 
-CLEAN_CHECK_IMAGES = 64  # on which the accuracy without an attack is looked at before anything is attacked
+CLEAN_CHECK_IMAGES = 64  # on which the accuracy is measured before the first attack
 
 
 def look_at_target(
@@ -35,7 +35,7 @@ def look_at_target(
     micro_batch: int,
     stated: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, str]]]:
-    """What is known of a target before hours are spent on it, and the alarms that its clean accuracy rings.
+    """Checks a target before the attacks: returns what is known of it, and the alarms about its clean accuracy.
 
     `index` is its place among the targets of `images`; `stated` is of `checks.stated_accuracy`.
     """
@@ -54,10 +54,10 @@ def look_at_target(
 
 
 class AttackRun:
-    """Targets, images and a plan, and what is known of them; `rounds` attacks, `summary` says what is left.
+    """Targets, images and a plan, and what is known of them; `rounds` attacks, `summary` gives the accuracy left.
 
-    Making one asks the models what they are and guesses the cost; it writes nothing. `warnings` are the alarms that
-    ring before the first attack.
+    Creating one checks the models and estimates the cost; it writes nothing. `warnings` are the alarms that come before
+    the first attack.
     """
 
     def __init__(
@@ -113,9 +113,9 @@ class AttackRun:
         return target.name, sigma_value(target.sigma), job.label, job.threat_model, job.epsilon_255
 
     def rounds(self, records: RecordFile) -> Iterator[tuple[Job | None, list[Record]]]:
-        """Attacks, scores and writes down batch by batch; gives this process's job and what all processes wrote.
+        """Attacks, scores and writes batch by batch; yields this process's job and what all processes wrote.
 
-        Where a last round has fewer batches than processes, the job of those that rest is None.
+        Where a last round has fewer batches than processes, the job of an idle process is None.
         """
         for unit in records.rounds():
             start = time.perf_counter()
@@ -139,7 +139,7 @@ class AttackRun:
                 self._controls.setdefault(key, {})[record.image_id] = record.predictions
 
     def summary(self, records: RecordFile, num_processes: int = 1) -> Summary:
-        """What is left of the accuracy, written to `summary.json` beside the records; for the main process alone."""
+        """The accuracy that is left, written to `summary.json` beside the records; for the main process alone."""
         attacks: dict[tuple, dict[str, Any]] = {}
         seconds: dict[tuple, float] = {}
         for job, spent in zip(self.jobs, records.seconds_per_job(len(self.jobs)), strict=True):

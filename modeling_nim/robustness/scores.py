@@ -1,4 +1,4 @@
-"""What records amount to per image: shared by the table and the alarms."""
+"""Scores per image, from records: for the table and the alarms."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -37,10 +37,10 @@ def interval(values: Sequence[float]) -> list[float]:
 
 
 def length(record: Record, norm: str) -> float:
-    """Of the perturbation that was scored, on 0..255."""
+    """Length of the perturbation that was scored, on 0..255."""
     return record.l2_255 if norm == "l2" else record.linf_255
 
 
 def norm_of(attacks: dict[tuple, dict[str, Any]], group: tuple) -> str:
-    """What the group's epsilon is measured in; budgets of different norms have nothing to do with each other."""
+    """The norm of the group's epsilon; budgets of different norms cannot be compared."""
     return attacks.get(group, {}).get("norm", "linf")

@@ -10,8 +10,8 @@ from statsmodels.stats.proportion import proportion_confint
 def accuracy_interval(per_image: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
     """Wilson interval, in percent, for the mean of per-image accuracies in [0, 1].
 
-    The image is the unit of sampling, its draws and seeds are not: averages over them vary less than a yes or no with
-    the same mean, so that the binomial interval is on the safe side.
+    Images are sampled independently; the draws and seeds of an image are not. An average over draws varies less than a
+    single yes or no with the same mean, so the binomial interval is, if anything, too wide.
     """
     if not per_image:
         raise ValueError("no images to make an interval from")

@@ -99,7 +99,7 @@ def _pooled(members: Sequence[Record]) -> dict[str, bool]:
 def _worst_case(groups: dict[tuple, list[Record]], attacks: dict[tuple, dict[str, Any]]) -> list[dict[str, Any]]:
     """Per model and budget, the images whose majority vote withstands every attack that was made on all of them.
 
-    The attacker who knows the draw is left out: no deployed defense meets one.
+    The attacker who knows the draw is left out: an attacker of a deployed defense cannot know it.
     """
     families: dict[tuple, dict[str, dict[str, bool]]] = defaultdict(dict)
     for group, members in groups.items():

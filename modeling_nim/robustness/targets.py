@@ -23,8 +23,8 @@ class Target(nn.Module):
     """A classifier of [0, 1] images `(R, 3, H, W)`, R rows, each with its own noise draw.
 
     Subclasses implement `draw` and `logits`; `classifier_logits` and `features` where a gray-box attacker has something
-    to differentiate. `is_random` says whether `draw` matters; a model that is random without saying so is found out by
-    `checks.inspect_target`.
+    to differentiate. `is_random` says whether the answer depends on `draw`; `checks.inspect_target` finds a model that
+    is random and does not say so.
     """
 
     name: str = "model"
@@ -66,7 +66,7 @@ class Target(nn.Module):
 
     @property
     def weights(self) -> nn.Module:
-        """What holds the weights, for the hash."""
+        """The module with the weights, for the hash."""
         return self
 
 
@@ -186,7 +186,7 @@ class FunctionTarget(Target):
     `purifier` stands before it: a function or module of [0, 1] images to [0, 1] images. How it gets its noise is told
     by its parameters: with `generators`, a list of one generator per image beside the batch; with `generator`, one
     generator, image by image; with neither, image by image under seeded global generators. `is_random` says whether
-    there is noise; without a purifier it is the classifier that has it, and it is treated as the last kind.
+    there is noise; without a purifier the noise is the classifier's, which then runs as the last kind.
     """
 
     def __init__(

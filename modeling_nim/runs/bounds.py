@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """What every number of a field must keep to; `reason` is for a bound that does not speak for itself."""
+    """The range of every number of a field; `reason` explains a bound that is not obvious."""
 
     least: float | None = None
     most: float | None = None
@@ -49,7 +49,7 @@ Weight = Annotated[float, Bounds(least=0, most=1_000_000)]  # of a part of a los
 def check_fields(section: Any, prefix: str = "") -> None:
     """For `__post_init__` of a recipe's dataclass: every field keeps to its `Bounds`; `prefix` goes before its name.
 
-    Numbers are finite and fit in 64 bits, and texts are not empty, without being told.
+    Also without `Bounds`, numbers must be finite and fit in 64 bits, and texts must not be empty.
 
     Raises ValueError that names the key, the value and what is allowed.
     """
@@ -58,9 +58,9 @@ def check_fields(section: Any, prefix: str = "") -> None:
 
 
 def check_list(values: list | None, key: str) -> None:
-    """For lists of which every item is one more thing to do: ValueError where there is none, or one stands twice.
+    """Checks a list of things to do: ValueError where it is empty or an item stands twice.
 
-    None, which takes the place of such a list in recipes, is right.
+    None, which recipes may give in place of such a list, is allowed.
     """
     if values is None:
         return

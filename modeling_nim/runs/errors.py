@@ -55,7 +55,7 @@ def _message(error: Exception) -> str | None:
 
 
 def _exit(code: int) -> None:
-    """Ends the process, one of several at once: what they share is not taken down in good order without the others."""
+    """Ends the process; one of several without an orderly shutdown, which would wait for the others."""
     if "RANK" in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -64,9 +64,9 @@ def _exit(code: int) -> None:
 
 
 def _leave_it_to_the_first(always: bool = False) -> None:
-    """What goes wrong in all processes is said by the first of a machine: its launcher ends the others while they wait.
+    """Waits in all processes but the first of a machine, which prints an error that all have; its launcher ends them.
 
-    A process that has another message, or whose launcher ends none, says it after all.
+    With `always` the first waits, too. A process that is not ended prints its own message after the wait.
     """
     if always or int(os.environ.get("LOCAL_RANK", 0)) > 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -75,7 +75,7 @@ def _leave_it_to_the_first(always: bool = False) -> None:
 
 @contextmanager
 def naming_damaged_files(path: str | os.PathLike) -> Iterator[None]:
-    """Says whose files cannot be read, or make no model: transformers trips over whatever in them comes first."""
+    """Names the model whose files are damaged or make no model; the errors of transformers are of many types."""
     try:
         yield
     except (OSError, StrictDataclassError, MemoryError):  # these name the file or the field

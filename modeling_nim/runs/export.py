@@ -111,7 +111,7 @@ def export_defended(
 ) -> None:
     """Writes the file. Inputs are `pixel_values` and, with `noise="input"`, `epsilon`; the output is `logits`."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        # Torch's own notes to itself: a class that it will rename, and the one name of the two batch axes.
+        # Torch warns of its own internals: of a class that it will rename, and of one name for the two batch axes.
         warnings.filterwarnings("ignore", message="`isinstance\\(treespec, LeafSpec\\)`|# The axis name")
         program, facts = export_program(defended, noise), defended.describe(noise)
         written = Path(folder) / f"model{FORMATS[format]}"
@@ -148,7 +148,7 @@ def load_exported(
         raise ValueError(f"{os.fspath(path)!r} ends in neither .onnx nor .pt2: name the file by its format")
     import onnxruntime
 
-    # Without this all sessions of a process and its forks draw the same noise: onnxruntime has one seed, a clock's.
+    # Without this all sessions of a process and its forks draw the same noise: onnxruntime has one seed, the clock's.
     onnxruntime.set_seed(secrets.randbits(62) if seed is None else seed)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = num_threads

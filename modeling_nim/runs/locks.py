@@ -1,4 +1,4 @@
-"""One run at a time in an output directory: two would write their logs, records and checkpoints into one another."""
+"""One run at a time in an output directory: two would mix their logs, records and checkpoints."""
 
 import errno
 import fcntl
@@ -16,7 +16,7 @@ LOCK_FILE = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # some network file systems
 
 # The lock belongs to the process, and closing any descriptor of its file gives it up: one descriptor each, kept here,
-# with the thread that took it. When that thread comes again, its run before has ended, well or with an exception.
+# with the thread that took it. When that thread locks again, its earlier run has ended, well or with an exception.
 _held: dict[str, tuple[int, threading.Thread]] = {}
 
 
@@ -54,7 +54,7 @@ def lock_directory(directory: str | os.PathLike) -> None:
 
 
 def unlock_directory(directory: str | os.PathLike) -> None:
-    """Gives the directory up; nothing happens if this process does not have it. The lock's file stays."""
+    """Releases the directory; does nothing if this process does not hold it. The lock's file stays."""
     held = _held.pop(os.path.join(os.path.realpath(directory), LOCK_FILE), None)
     if held is not None:
         os.close(held[0])

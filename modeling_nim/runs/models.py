@@ -49,7 +49,7 @@ def _read_config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, StrictDataclassError):  # these name the file or the field
         raise
-    except Exception as error:  # a file edited by hand makes transformers trip over whatever comes first
+    except Exception as error:  # transformers raises many types for a file edited by hand
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"{path!r} has Python code of its own; read it, and set trust_remote_code=true to run it"
@@ -95,7 +95,7 @@ CLASSIFIER = ModelKind(
 DEFENDED = ModelKind(
     "purified model", "a directory of a NIMPurifiedImageClassification", {COMPOSED_TYPE: NIMPurifiedImageClassification}
 )
-# transformers' own MAE cannot purify, its checkpoints load into our class
+# transformers' own MAE cannot purify; its checkpoints load into NIMForPreTraining
 PURIFIER = ModelKind(
     "purifier",
     "a pre-trained NIM or MIM model, or a purified one",

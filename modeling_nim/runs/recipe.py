@@ -80,7 +80,7 @@ def _merge(values: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML in which a key that stands twice in one mapping is an error instead of the last one's victory."""
+    """Reads YAML and refuses a key that stands twice in one mapping, of which PyYAML would take the last."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -105,20 +105,20 @@ def read_recipe(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _parse_yaml(text: bytes | str, what: str) -> Any:
-    """The value of a YAML text; ValueError that begins with `what` for everything that is none, or too much of it."""
+    """The value of a YAML text; ValueError that begins with `what` for invalid YAML and for too many values."""
     try:
         value = yaml.load(text.decode("utf-8") if isinstance(text, bytes) else text, _UniqueKeyLoader)
         _count_values(value, {})
     except RecursionError:
         raise ValueError(f"{what} is nested too deeply to be read") from None
-    # constructors of dates, numbers and truth values trip over wrong ones in their own ways
+    # constructors of dates, numbers and truth values raise many types for invalid ones
     except (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
         raise ValueError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from None
     return value
 
 
 def _count_values(value: Any, counted: dict[int, int]) -> int:
-    """How many values there are once every alias is written out; a few lines of aliases of aliases make billions.
+    """Number of values with every alias written out; a few lines of aliases of aliases make billions.
 
     `counted` holds what is known of lists and mappings by their id, 0 for those that are being counted.
     """

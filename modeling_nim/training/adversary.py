@@ -54,7 +54,7 @@ class AdversaryRecipe:
 
 
 def epsilon_255_at(step: int, recipe: AdversaryRecipe, plan: Plan) -> float:
-    """The attacker's budget at optimizer step `step`, counted from 0; 0 means that nobody attacks."""
+    """The attacker's budget at optimizer step `step`, counted from 0; 0 means no attack."""
     if recipe.attack == "none":
         return 0.0
     warmup_steps = recipe.warmup_epochs * plan.steps_per_epoch

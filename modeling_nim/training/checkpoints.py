@@ -1,7 +1,7 @@
 """Checkpoints that are complete or absent, named by the optimizer step, the newest few kept.
 
 A checkpoint is written under a temporary name, gets a manifest of its files with their hashes, and is renamed last.
-What cannot be read back (a full disk, a torn copy) is found by the manifest, and the checkpoint before it is used
+The manifest finds a checkpoint that cannot be read back (a full disk, an incomplete copy); the one before it is used
 instead. The manifest also holds the settings that the numbers follow from, so that a run is not continued with others
 by mistake.
 """

@@ -1,4 +1,4 @@
-"""Several noise draws of one image that must agree: for the worst draw, and for certificates."""
+"""Losses that make several noise draws of one image agree, for worst-draw accuracy and for certificates."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""One step of fine-tuning: what the images meet before the classifier, the attack on it, and the loss."""
+"""One step of fine-tuning: noise and purifier before the classifier, the attack, and the loss."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -116,7 +116,7 @@ class Finetuning:
         return self.purified_model.draw(len(seeds), named, sigma, num_votes=1)
 
     def _draw_noise(self, named: Sequence[torch.Generator], sigma: str | float) -> dict[str, torch.Tensor]:
-        """`sigma` `(B,)` on 0..255 and `epsilon` `(B, C, H, W)` for images that nobody denoises."""
+        """`sigma` `(B,)` on 0..255 and `epsilon` `(B, C, H, W)` for images that are not denoised."""
         size = self.config.image_size
         samplers = noise_samplers(sigma, (self.config.num_channels, size, size), self.accelerator.device)
         return draw_by_image(samplers, len(named), named)

@@ -77,7 +77,7 @@ class OptimizationRecipe:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe comes to on the machines at hand; lengths in optimizer steps."""
+    """The batch, learning rate and lengths of a recipe on the machines at hand; lengths in optimizer steps."""
 
     per_device_batch_size: int
     global_batch_size: int
@@ -209,7 +209,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._share_groups()
 
     def _share_groups(self) -> None:
-        """A learning rate that is set in a group of this optimizer is the part's own."""
+        """Makes the groups those of the parts, so that a learning rate that is set here is set in its part."""
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def step(self, closure: None = None) -> None:

@@ -24,7 +24,7 @@ class NonFiniteLossError(ValueError):
 
 
 def resume_log(path: str, step: int) -> list[dict[str, Any]]:
-    """Cut the log back to what stood in it at `step`, so that it tells one history: that of the weights.
+    """Cut the log back to the records up to `step`, so that it holds the history of the loaded weights alone.
 
     Returns the records that are left.
     """
@@ -159,14 +159,14 @@ def peak_memory_gib() -> float:
 
 
 class StopSignal:
-    """SIGTERM and SIGINT (Ctrl-C) as wishes: the run finishes its step, saves and ends well."""
+    """SIGTERM and SIGINT (Ctrl-C) as requests: the run finishes its step, saves and ends well."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.received: int | None = None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._receive)
-        accelerator.wait_for_everyone()  # no process begins a step that another one would die in
+        accelerator.wait_for_everyone()  # no process begins a step before all handle signals
 
     def _receive(self, number: int, _) -> None:
         self.received = self.received or number

@@ -17,9 +17,9 @@ from ..runs.recipe import dotted_keys, recipe_to_dict
 
 @dataclass
 class ExecutionRecipe:
-    """The `execution` section: precision and memory against speed; the machines themselves are `accelerate launch`'s.
+    """The `execution` section: precision, memory and speed; options of `accelerate launch` choose the machines.
 
-    `attn_implementation: auto` is eager for small models on a CPU, above all in bf16, and otherwise what null always
+    `attn_implementation: auto` is eager for small models on a CPU, above all in bf16. Otherwise it is what null always
     is: transformers' choice, SDPA. The run says what it uses.
     """
 

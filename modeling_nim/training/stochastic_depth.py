@@ -1,4 +1,4 @@
-"""Stochastic depth whose draws belong to the image, as all others do: the same in one process or eight."""
+"""Stochastic depth whose draws follow from the image, as all draws do: the same in one process or eight."""
 
 import numpy as np
 import torch
