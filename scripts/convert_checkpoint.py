@@ -67,12 +67,12 @@ def load_reference(path: str) -> StateDict:
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {path!r}")
-    # SimMIM saves its yacs settings beside the weights and MAE its parsed arguments: plain dictionaries to us.
+    # SimMIM saves its yacs settings beside the weights and MAE its parsed arguments: read as plain dictionaries.
     settings = [(OrderedDict, "yacs.config.CfgNode"), (argparse.Namespace, "argparse.Namespace")]
     try:
         with torch.serialization.safe_globals(settings):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # arbitrary bytes are also a program for the unpickler, which trips in many ways
+    except Exception as error:  # on arbitrary bytes the unpickler raises many types
         found = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it holds {found[1]}; save its state dict by itself" if found else "it is damaged or no checkpoint"
         raise ValueError(f"{path!r} cannot be read as tensors alone: {reason}") from error

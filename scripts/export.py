@@ -49,7 +49,7 @@ def main() -> None:
     try:
         difference = verify_export(defended, arguments.output, arguments.noise)
     except ValueError:
-        arguments.output.unlink()  # nobody is to serve it
+        arguments.output.unlink()  # a file that differs must not be served
         raise
     found = {"input": "largest difference from the model", "inside": "two calls on the same images differ by"}
     print(

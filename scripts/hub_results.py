@@ -28,13 +28,13 @@ def in_metadata(row: Row, name: str, dataset_id: str | None, split: str) -> Eval
         metric_type=metric_type,
         metric_name=metric,
         metric_value=round(row["accuracy"], 2),
-        # The client merges all results on one data set: what tells the attacks apart must be the metric's.
+        # The client merges all results on one data set: the arguments of the metric tell the attacks apart.
         metric_args=metric_arguments(row),
     )
 
 
 def metric_arguments(row: Row) -> dict[str, Any]:
-    """The attack, the defense's randomness and the interval: what the value means nothing without."""
+    """The attack, the defense's randomness and the interval, without which the value has no meaning."""
     arguments = {key: row[key] for key in ("attack", "threat_model", "epsilon_255")}
     if row["sigma"] is not None:
         arguments["sigma_255"] = row["sigma"]

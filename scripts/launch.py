@@ -4,9 +4,9 @@
     python scripts/launch.py --config_file scripts/launch/gpu_8_ddp.yaml scripts/run_pretrain.py RECIPE
     python scripts/launch.py --cpu --num_processes 2 scripts/run_pretrain.py RECIPE
 
-Options and configuration files are those of `accelerate launch`, whose own --help has all of them. That one dies of
-SIGTERM itself, and the run behind it stops unseen; torchrun kills what has not saved after 30 seconds. Here SIGTERM
-(exit code 0) and SIGINT (130) are passed on and the launcher waits. A run that fails gives its own exit code.
+Options and configuration files are those of `accelerate launch`, whose own --help has all of them. That one ends at
+SIGTERM and does not wait for the run; torchrun kills a run that has not saved after 30 seconds. Here SIGTERM (exit code
+0) and SIGINT (130) are passed on and the launcher waits. A run that fails gives its own exit code.
 """
 
 import argparse
@@ -46,7 +46,7 @@ class SignalPasser:
                 os.kill(child, signal.SIGTERM)  # what the run does on both is the same but for its exit code
 
     def say(self) -> None:
-        """For a run that ended without a word."""
+        """Prints the line of a stopped run, where the run printed none."""
         print(STOPPED.format(signal.Signals(self.received).name), file=sys.stderr, flush=True)
 
 
@@ -58,7 +58,7 @@ def children() -> list[int]:
 
 
 def make_launch_parser():
-    """Accelerate's parser, with our words."""
+    """Accelerate's parser, with the name of this script."""
     from accelerate.commands.launch import launch_command_parser
 
     parser = launch_command_parser()
@@ -104,7 +104,7 @@ def main() -> int:
     for name in logging.root.manager.loggerDict:
         if name.startswith("torch.distributed"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # the run says what went wrong
-    logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)  # defaults are no reason to warn
+    logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)  # it warns of every default
     arguments = make_launch_parser().parse_args()
     if arguments.cpu and (arguments.num_processes or 1) > 1 and arguments.mpirun_hostfile is None:
         # Accelerate starts one process for --cpu, however many are asked for
@@ -124,7 +124,7 @@ def main() -> int:
     signal.setitimer(signal.ITIMER_REAL, 0)
     if passer.received is None:
         return exit_code if exit_code >= 0 else 128 - exit_code
-    if exit_code in (-signal.SIGTERM, -signal.SIGINT):  # before it could save: there was nothing yet
+    if exit_code in (-signal.SIGTERM, -signal.SIGINT):  # ended before it handled signals: nothing to save
         passer.say()
     elif exit_code not in (0, exit_code_of(signal.SIGINT)):
         return exit_code

@@ -125,7 +125,7 @@ def upload(args: argparse.Namespace, staging: str) -> tuple[RepoUrl, CommitInfo]
     """
     api = HfApi()
     try:
-        # Without --update a name that is taken is an error, so that no one's model is overwritten by a slip.
+        # Without --update a name that is taken is an error, so that no model is overwritten by mistake.
         url = api.create_repo(args.repo_id, private=args.private or None, exist_ok=args.update)
         commit = api.upload_folder(repo_id=url.repo_id, folder_path=staging, commit_message=args.message)
     except HfHubHTTPError as error:

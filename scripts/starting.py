@@ -18,7 +18,7 @@ _PR_SET_PDEATHSIG = 1
 def watch_signals() -> None:
     """SIGTERM ends the process with one line and exit code 0, SIGINT with 130; so does the end of its launcher.
 
-    A rank among several dies silently instead: it may wait for another rank in native code, where Python handles no
+    A rank among several ends without a line: it may wait for another rank in native code, where Python handles no
     signal. Its launcher says the line (`launch.py`).
     """
     for number in (signal.SIGTERM, signal.SIGINT):

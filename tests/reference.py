@@ -1,6 +1,6 @@
 """The reference models' arithmetic, written once more and plainly, on their own state dicts.
 
-It is checked against the golden numbers, and then it stands for the reference at sizes that have none.
+It is checked against the golden numbers; at sizes that have none, tests compare with it.
 """
 
 import importlib.util

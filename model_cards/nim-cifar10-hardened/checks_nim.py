@@ -18,8 +18,8 @@ _RULES = (
 
 
 def check_sizes(config: PreTrainedConfig) -> None:
-    """That patches tile the image, that heads share the width, that mean and standard deviation fit each other, and
-    that no number is senseless."""
+    """Checks that patches tile the image, that heads divide the width, that mean and standard deviation fit each other,
+    and that every number keeps its rule."""
     for names, words, holds in _RULES:
         for name in names:
             if not holds(value := getattr(config, name, 1)):

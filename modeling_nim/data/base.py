@@ -61,7 +61,7 @@ class DataRecipe:
     streaming: bool = False
     # images among which a stream draws the next one
     shuffle_buffer: Annotated[int, Bounds(least=1, most=10_000_000)] = 10_000
-    # images in the training split, for a stream that does not know
+    # images in the training split, for a stream that does not tell their number
     num_images: Count | None = None
     on_bad_image: Literal["raise", "skip"] = "raise"  # what happens to a file that is no image
     num_workers: Annotated[int, Bounds(least=0, most=1024)] = 0  # processes that load images, per training process

@@ -26,7 +26,7 @@ def _mix(state: np.ndarray) -> np.ndarray:
 
 def image_seeds(seed: int, epochs, indices, purpose: str) -> np.ndarray:
     """One 64-bit seed per image, shape (B,); `epochs` and `indices` are (B,) integers or scalars, `purpose` a name."""
-    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
+    with np.errstate(over="ignore"):  # arithmetic modulo 2**64, on purpose
         state = _mix(np.atleast_1d(np.asarray(seed).astype(np.uint64)) + _GOLDEN)
         for part in (zlib.crc32(purpose.encode()), epochs, indices):
             state = _mix(state * _GOLDEN + np.asarray(part).astype(np.uint64) + np.uint64(1))

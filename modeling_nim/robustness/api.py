@@ -82,7 +82,7 @@ def as_target(
         image_mean, image_std: of a classifier of transformers; None: its configuration's or its processor's.
 
     Raises:
-        ValueError: nobody says how a classifier's images are normalized, or the parts do not fit.
+        ValueError: the normalization of a classifier's images is not known, or the parts do not fit.
     """
     if isinstance(model, Target):
         return model

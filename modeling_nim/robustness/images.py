@@ -27,7 +27,7 @@ class SourceImages:
         return len(self.order)
 
     def image_ids(self, positions: range) -> list[str]:
-        """Of the images at these places of the order of evaluation."""
+        """Ids of the images at these places of the order of evaluation."""
         return [self.source.image_id(self.order[position]) for position in positions]
 
     def batch(self, target: int, positions: range) -> Batch:
@@ -101,7 +101,7 @@ class TensorImages:
 
     @property
     def fingerprint(self) -> str:
-        """Of pixels, ids and labels: what ties records to the images."""
+        """Hash of pixels, ids and labels, which records keep to name their images."""
         digest = hashlib.sha256(self.images_01.cpu().contiguous().numpy().tobytes())
         digest.update(repr((self.ids, self.labels.tolist())).encode())
         return f"tensors:{len(self)}:{digest.hexdigest()[:16]}"

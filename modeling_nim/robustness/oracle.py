@@ -101,7 +101,7 @@ class Oracle:
         self.restart = restart
 
     def seeds(self, image: int, draws: range) -> list[int]:
-        """Of the draws that the next answer about an image uses."""
+        """Seeds of the draws that the next answer about an image uses."""
         if self.known_draw:
             return [stream_seed(self.seed, self.image_ids[image], EVALUATE, 0)] * len(draws)
         # every query gets fresh noise: the number of earlier queries of the image is part of the draw's name

@@ -151,7 +151,7 @@ def reconstruction_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any
 def store_reconstruction(
     directory: str | os.PathLike, records: Sequence[dict[str, Any]], provenance: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Writes `reconstruction.jsonl`, the records, and `reconstruction.json`, what they come to; gives its rows."""
+    """Writes `reconstruction.jsonl`, the records, and `reconstruction.json`, their means; returns the means."""
     directory = Path(directory)
     write_jsonl(directory / "reconstruction.jsonl", records)
     written = (directory / "reconstruction.jsonl").read_bytes()

@@ -187,7 +187,7 @@ class RecordFile:
 
     @property
     def sha256(self) -> str:
-        """Of the records' bytes: what ties a summary to the lines that it was made of."""
+        """Hash of the records' bytes, which a summary keeps to name the lines that it was made of."""
         with open(self.path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -73,12 +73,12 @@ class Record(_Jsonable):
 
     @property
     def group(self) -> tuple:
-        """What a row is made of: model, sigma, label, threat model, epsilon."""
+        """The key of the record's row: model, sigma, label, threat model, epsilon."""
         return self.model, self.sigma, self.name, self.threat_model, self.epsilon_255
 
     @property
     def identity(self) -> tuple:
-        """What no two records of a run share."""
+        """The key of the record, unique in its run."""
         return (*self.group, self.seed, self.image_id)
 
     @classmethod
@@ -120,7 +120,7 @@ class Row(_Jsonable):
 
     @property
     def group(self) -> tuple:
-        """That of the records that the row is made of."""
+        """`Record.group` of the records that the row is made of."""
         return self.model, self.sigma, self.name, self.threat_model, self.epsilon_255
 
     @classmethod
@@ -145,7 +145,7 @@ class Certificate(_Jsonable):
 
     @property
     def identity(self) -> tuple:
-        """What no two certificates of a run share."""
+        """The key of the certificate, unique in its run."""
         return self.model, self.sigma_255, self.image_id
 
     def holds(self, radius_l2: float) -> bool:

@@ -39,7 +39,7 @@ def run_main(main: Callable[[], int | None]) -> None:
 
 
 def _message(error: Exception) -> str | None:
-    """What the user is told in one line; None for an error that nobody expected."""
+    """The message for the user, in one line; None for an unexpected error."""
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
         asked = re.search(r"allocate ([\d.]+ ?\w+)", str(error))
         return (

@@ -30,7 +30,7 @@ def naming_path(path: str | os.PathLike) -> Iterator[None]:
         raise
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        if isinstance(error, RuntimeError):  # torch.save's tell of its zip file, not of the disk
+        if isinstance(error, RuntimeError):  # torch.save's errors name its zip file, not the disk
             if not any(word in reason for word in ("PytorchStreamWriter", "inline_container", "iostream")):
                 raise
             reason = "torch.save came to no end; is the disk full?"

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: the progress line, `log.jsonl`, and when it must stop."""
+"""Reports of a run: the progress line and `log.jsonl`; and the signals that stop it."""
 
 import json
 import math

@@ -57,7 +57,7 @@ class LoggingRecipe:
     """
 
     every_steps: Count = 10  # how often log.jsonl gets a line
-    # who is told besides log.jsonl
+    # what gets the records besides log.jsonl
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = field(default_factory=list)
     project: str = "modeling-nim"  # the run's project in the trackers
 
@@ -68,7 +68,7 @@ class LoggingRecipe:
 def make_accelerator(recipe: Any) -> Accelerator:
     """The accelerator for a recipe with `execution`, `optimization`, `logging` and `output_dir`.
 
-    Raises ValueError for trackers that are not installed (Accelerate leaves them out without a word), and for a moving
+    Raises ValueError for trackers that are not installed (Accelerate would leave them out), and for a moving
     average of sharded weights.
     """
     installed = {tracker.value for tracker in get_available_trackers()}

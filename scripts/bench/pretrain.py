@@ -144,7 +144,7 @@ def median_seconds(steps: Steps, rounds: int, warmup: int) -> dict[str, float]:
         steps.optimizer.zero_grad()
         ours += seconds_of(steps.ours, device, 1)
         eager += seconds_of(steps.eager, device, 1)
-    # out of the way of the memory that is measured
+    # freed, so that the measured memory does not count it
     steps.eager_model.to("cpu")
     steps.eager_optimizer.state.clear()
     if device.type == "cuda":  # without waiting between steps, as training runs

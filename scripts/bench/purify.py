@@ -86,7 +86,7 @@ def make_model(arguments: argparse.Namespace) -> tuple[str, NIMPurifiedImageClas
 def make_calls(
     runtime: str, model: NIMPurifiedImageClassification, pixel_values: torch.Tensor, num_votes: int
 ) -> dict[str, Callable[[], None]]:
-    """What is timed in one runtime: the bare classifier, and the defended one, which draws its noise in every call."""
+    """The calls that are timed in one runtime: the bare classifier, and the defended one, which draws in every call."""
     device = pixel_values.device
     if runtime == "onnx":
         with tempfile.TemporaryDirectory() as folder:

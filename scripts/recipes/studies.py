@@ -123,7 +123,7 @@ class Lab:
         return Step(script, output_dir, (*files, f"output_dir={output_dir}", *overrides), tuple(needs), makes)
 
     def _moved(self, recipe: str) -> list[str]:
-        """Overrides that look for the models of an evaluation where the full size puts them."""
+        """Overrides with the paths of an evaluation's models at the full size."""
         content = yaml.safe_load((ROOT / recipe).read_text())
         named = {f"models.{i}.{k}": v for i, model in enumerate(content.get("models", [])) for k, v in model.items()}
         purifiers = content.get("reconstruction", {}).get("purifiers", {})

@@ -134,13 +134,13 @@ def render_card(name: str, facts: CardFacts, config: PreTrainedConfig, root: Pat
 
 
 def strongest_attacks(own: list[Row]) -> list[Row]:
-    """Of each budget the row that leaves least."""
-    # The upper bound of an attacker who knows the draw is no deployed threat; the limit is what can be met.
+    """Of each budget the row with the lowest accuracy."""
+    # An attacker who knows the draw gives an upper bound, which no deployed defense meets; it is left out.
     attacked = [row for row in own if row["attack"] != "none" and row["threat_model"] != "white_box_known_draw"]
     strongest = []
     for epsilon_255 in sorted({row["epsilon_255"] for row in attacked if row["epsilon_255"] > 0}):
         tried = [row for row in attacked if row["epsilon_255"] == epsilon_255]
-        # The few images of a sweep over settings are no match for the attacks on all images.
+        # Sweeps over settings attack few images; they are not compared with attacks on all images.
         enough = max(row["num_images"] for row in tried) / 4
         strongest.append(min((row for row in tried if row["num_images"] >= enough), key=lambda row: row["accuracy"]))
     return strongest

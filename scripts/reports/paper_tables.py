@@ -56,7 +56,7 @@ def find_cells(study: Study, table: Table, row: Row, results: Path) -> list[dict
     for column in (study.columns[name] for name in table.columns):
         wanted = {"model": row.model, "sigma": row.sigma} | column.wanted
         if row.sigma is None and column.threat_model == "gray_box":
-            wanted["threat_model"] = "white_box"  # without a defense there is none to be unaware of
+            wanted["threat_model"] = "white_box"  # without a defense gray-box is white-box
         cells.append(next(iter(find_rows(summary, **wanted)), None))
     return cells
 

@@ -1,4 +1,4 @@
-"""Data as it comes: each odd file or table ends in a right result, a skipped image that is named, or one error."""
+"""Odd files and tables: each gives a right result, a skipped image that is named, or one error."""
 
 import io
 import os

@@ -363,7 +363,7 @@ def test_windows_have_the_area_and_ratio_asked_for():
     assert 0.19 < share.min() and share.max() <= 1
     assert 0.74 < ratio.min() and ratio.max() < 1.35
     assert (top >= 0).all() and (top + height <= 300).all() and (left >= 0).all() and (left + width <= 400).all()
-    assert random_window(10, 400, numbers[0], (0.9, 1.0)) == (0, 193, 10, 13)  # nothing fits: centerd, 4:3
+    assert random_window(10, 400, numbers[0], (0.9, 1.0)) == (0, 193, 10, 13)  # nothing fits: centered, 4:3
 
 
 def test_padded_crop_moves_the_image_under_a_black_border():

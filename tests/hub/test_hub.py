@@ -310,7 +310,7 @@ def push(monkeypatch, tmp_path, pushed):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """The client tries a cut upload again, six times in all, and waits longer each time."""
+    """Removes the waits of the client, which tries a cut upload six times and waits longer each time."""
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
 
 

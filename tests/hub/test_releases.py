@@ -180,5 +180,5 @@ def test_every_released_file_is_as_made_and_a_changed_one_is_found(monkeypatch, 
 
 
 def test_the_releases_stay_small():
-    """A clone brings them along."""
+    """Every clone of the repository downloads them."""
     assert sum(path.stat().st_size for path in (ROOT / "model_cards").rglob("*") if path.is_file()) <= 60e6

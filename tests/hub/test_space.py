@@ -24,7 +24,7 @@ from modeling_nim import (
 )
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:::gradio")  # its use of pandas is not ours to mend
+pytestmark = pytest.mark.filterwarnings("ignore:::gradio")  # gradio's use of pandas warns
 
 SPACE = Path(__file__).parents[2] / "space"
 RELEASED = SPACE.parent / "model_cards"

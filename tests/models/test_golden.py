@@ -104,7 +104,7 @@ def test_reference_number(outputs, name):
 
 
 def test_plain_reference_gives_the_golden_numbers():
-    """tests/reference.py is right about the reference, so that it may speak for other sizes."""
+    """tests/reference.py gives the golden numbers, so that it can be the reference at other sizes."""
     states = {file: torch.load(reference.GOLDEN / file, weights_only=True) for _, file, _ in CHECKPOINTS.values()}
     clean, noisy = EXPECTED["pixel_values"], EXPECTED["noisy_pixel_values"]
     simmim = states["simmim_pretrain.pth"]["model"]

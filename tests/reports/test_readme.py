@@ -1,4 +1,4 @@
-"""The documents are run: Python as it stands, commands up to the recipe that they would follow, paths and names."""
+"""Runs the documents: Python as it stands, commands up to the recipe that they would follow; checks paths and names."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Results are what their records say: the records are committed beside them."""
+"""Results equal what their records give; the records are committed beside them."""
 
 import gzip
 import hashlib

@@ -1,4 +1,4 @@
-"""attack, evaluate and certify on what people bring."""
+"""attack, evaluate and certify on models, data and attacks of users."""
 
 import json
 from pathlib import Path

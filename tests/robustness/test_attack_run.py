@@ -119,7 +119,7 @@ def test_records_summary_and_figures(recipe, tmp_path, capsys):
     assert row["settings"]["alpha_255"] == 2 and row["settings"]["implementation"] == "nim"
     assert rows["original", None, "none", "clean"]["epsilon_255"] == 0
     assert rows["purified", 60.0, "fgsm torchattacks", "white_box"]["settings"]["implementation"] == "torchattacks"
-    assert ("original", None, "pgd-2", "gray_box") not in rows  # nothing to be unaware of
+    assert ("original", None, "pgd-2", "gray_box") not in rows  # it has no defense
     control = {
         (r["model"], r["sigma"], r["seed"], r["image_id"]): r["predictions"] for r in records if r["attack"] == "none"
     }

@@ -97,10 +97,10 @@ def test_a_model_that_ignores_its_input_keeps_its_accuracy(recipe):
     records, attacked = attack_and_score(
         LuckyTarget(), recipe, images(64), torch.zeros(64, dtype=torch.long), 8, num_draws=10
     )
-    assert accuracy(records) == control_accuracy(records)  # the same draws, and nothing else matters
+    assert accuracy(records) == control_accuracy(records)  # the same draws decide both
     if recipe.threat_models[0] != "white_box_known_draw":
         assert abs(accuracy(records) - 0.9) < 4 * (0.9 * 0.1 / 640) ** 0.5
-    if recipe.attack == "square":  # one lucky draw ends nothing
+    if recipe.attack == "square":  # one lucky draw does not end the attack
         assert min(attacked.queries) > 20 - 4 and max(attacked.queries) <= 20
 
 
@@ -260,7 +260,7 @@ def test_an_attack_and_a_loss_of_ones_own():
     with pytest.raises(ValueError, match="a black box gives no gradients"):
         recipe = AttackRecipe(attacks.mim, threat_models=["black_box"], skip_misclassified=False)
         attack_and_score(target, recipe, x, labels, 8)
-    # a loss of one's own is what is climbed
+    # the attack climbs the loss that it is given
     recipe = AttackRecipe("pgd", loss="robustness_targets:climbing_loss", random_start=False, alpha_ratio=1.0, steps=1)
     climbed = attack_and_score(target, recipe, x, labels, 8)[1].adversarial_01
     leaf = x.clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""What a user gets wrong, planted: each must stop the run or ring."""
+"""Planted mistakes of users: each must stop the run or give an alarm."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""More plantings of what a user gets wrong, through Python and through files: an error, an alarm or a repair each."""
+"""More planted mistakes of users, through Python and through files: each gives an error, an alarm or a repair."""
 
 import json
 import multiprocessing

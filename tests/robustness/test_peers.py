@@ -1,4 +1,4 @@
-"""What docs/evaluation.md says beside other libraries, recomputed; their code runs where it is installed."""
+"""Recomputes what docs/evaluation.md says about other libraries; their code runs where it is installed."""
 
 import json
 import sys

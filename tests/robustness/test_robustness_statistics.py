@@ -90,7 +90,7 @@ def test_the_draws_of_a_certificate_are_all_different_to_a_generator_of_32_bits(
     )
     seeds = distinct_seeds(0, "a", "certify", range(300_000))
     assert len({seed % 2**32 for seed in seeds}) == 300_000 and all(0 <= seed < 2**63 for seed in seeds)
-    assert len({stream_seed(0, "a", "certify", draw) % 2**32 for draw in range(300_000)}) < 300_000  # what it is for
+    assert len({stream_seed(0, "a", "certify", draw) % 2**32 for draw in range(300_000)}) < 300_000  # these collide
     assert distinct_seeds(0, "a", "certify", range(70, 90)) == seeds[70:90]
     assert distinct_seeds(0, "b", "certify", range(3)) != seeds[:3] != distinct_seeds(1, "a", "certify", range(3))
     # neighbors are as good as independent: 200 x 1,000 products of standard normal numbers

@@ -1,4 +1,4 @@
-"""Files are whole or absent: full disks, directories that became read-only, moments in between."""
+"""Files are whole or absent: on full disks, in directories that became read-only, at any moment of a write."""
 
 import errno
 import json
@@ -106,7 +106,7 @@ def fill(path):
 
 
 def exceed_quota():
-    """As a network disk says it: when the data are brought there."""
+    """Raises the quota error where a network disk does: when the data are brought to the disk."""
 
     def refuse(_):
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))

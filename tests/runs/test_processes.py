@@ -31,7 +31,7 @@ print(number, "ends")
 
 
 def test_the_end_of_several_processes_is_no_deadlock():
-    """Without `end_sharing` one round in some hundreds waits for ever: the group is freed by DDP's reducer."""
+    """Without `end_sharing` one round in some hundreds never ends: DDP's reducer frees the group."""
     command = [sys.executable, "-c", ENDS]
     done = subprocess.run(command, cwd=REPOSITORY, env=os.environ, capture_output=True, text=True, timeout=120)
     assert done.stdout == "200 ends\n", done.stderr

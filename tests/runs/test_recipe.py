@@ -1,4 +1,4 @@
-"""Recipes are strict: what is written is what is run, or the run does not start."""
+"""Recipes are strict: a wrong key or value stops the run before it starts."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT at any moment, under every launcher: the run saves, nothing is lost, nobody is left behind.
+"""SIGTERM and SIGINT at any moment, under every launcher: the run saves, no step is lost, no process is left.
 
 `NIM_NUM_SIGNALS=20 pytest tests/runs/test_signals.py` sends 20 to each kind of run; the suite sends a few.
 """

@@ -110,7 +110,7 @@ def noise_and_masks() -> NIMConfig:
 
 
 class Tester:
-    """What the common tests ask a model's own test for."""
+    """Configurations and inputs that the common tests ask of a model's tester."""
 
     def __init__(self, parent: unittest.TestCase, model_class: type, config: Callable[[], PreTrainedConfig]):
         self.parent, self.model_class, self.config = parent, model_class, config
