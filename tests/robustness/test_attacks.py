@@ -30,7 +30,7 @@ from modeling_nim import (
 from modeling_nim.robustness import attacks
 from modeling_nim.robustness.attacks import ATTACKS
 from modeling_nim.robustness.checks import inspect_target
-from modeling_nim.robustness.draws import EVALUATE, evaluation_order, stream_seed
+from modeling_nim.robustness.draws import EVALUATE, SELECT, evaluation_order, stream_seed
 from modeling_nim.robustness.evaluation import attack_images, score_batch
 from modeling_nim.robustness.jobs import Job
 from modeling_nim.robustness.loading import load_targets, project_patches_by_matrix_product
@@ -118,6 +118,15 @@ def test_every_attack_stays_in_its_ball_and_in_the_image_range(recipe):
         assert record.l2_255 == pytest.approx(float(perturbation[index].norm()), abs=1e-2)
 
 
+def test_projection_is_the_nearest_point_of_the_ball():
+    flat = torch.zeros(3, 3, 8, 8)
+    flat[0, 0, 0, :2], flat[1, 0, 0, :2], flat[2, 0, 0, :2] = (torch.tensor(v) for v in ([3, 4], [0.3, 0.4], [0, 0]))
+    in_l2, in_linf = attacks.project(flat, 1.0, "l2"), attacks.project(flat, 1.0, "linf")
+    torch.testing.assert_close(in_l2[:, 0, 0, :2], torch.tensor([[0.6, 0.8], [0.3, 0.4], [0, 0]]))
+    torch.testing.assert_close(in_linf[:, 0, 0, :2], torch.tensor([[1, 1], [0.3, 0.4], [0, 0]]))
+    assert torch.equal(attacks.project(-flat, 1.0, "linf"), -in_linf) and in_l2[..., 2:].abs().max() == 0
+
+
 @pytest.mark.parametrize("recipe", ALL_ATTACKS, ids=ids)
 def test_without_a_budget_the_accuracy_is_the_clean_one(recipe):
     records, attacked = attack_and_score(NoisyTarget(), recipe, images(8), torch.arange(8) % 4, 0.0, num_draws=5)
@@ -151,7 +160,7 @@ def test_every_attack_runs_its_own_function():
     target, x, labels = NoisyTarget(), images(40), torch.arange(40) % 4  # so many that AutoAttack takes some of each
     made = {}
     for kind, row in ATTACKS.items():
-        if kind in ("torchattacks", "transfer"):  # the classes of the first have tests of their own, as has the second
+        if kind in ("torchattacks", "transfer", "features"):  # these have tests of their own
             continue
         fewer = {"queries": 40} if kind == "square" else {"patch_size": 4} if kind == "patch_mean" else {}
         settings = {"steps": 5, "eot_samples": 2} if "eot_samples" in row.settings else {"steps": 5}
@@ -200,6 +209,30 @@ def test_labels_say_what_sets_attacks_apart():
     assert AttackRecipe("apgd_ce", targeted=True).label == "apgd_ce-10 targeted"
     assert AttackRecipe("pgd", loss="robustness_targets:climbing_loss").label == "pgd-10 climbing_loss"
     assert AttackRecipe("robustness_targets:corner_attack", steps=3).label == "corner_attack-3"
+
+
+def test_transfer_attacks_the_model_that_it_names():
+    source, target = QuietTarget(), LinearTarget()
+    x, labels = images(6), torch.arange(6) % 2
+    recipe = AttackRecipe("transfer", source="quiet", steps=3, skip_misclassified=False)
+    job = Job(1, recipe, "gray_box", 8.0, 0, 6)
+    found = attack_images(job, [source, target], x, labels, names(6), 1, 64).adversarial_01
+    oracle = Oracle(target_forward(source), labels, names(6), seed=0)
+    torch.testing.assert_close(found, attacks.pgd(oracle, x, 8 / 255, 2 / 255, 3), atol=1e-6, rtol=0)
+
+
+def test_the_attack_on_features_moves_those_of_the_encoder():
+    target, x, labels = NoisyTarget(), images(6), torch.arange(6) % 4
+    recipe = AttackRecipe("features", steps=3, skip_misclassified=False)
+    found = attack_and_score(target, recipe, x, labels, 8)[1].adversarial_01
+    clean = target.features(x)
+    expected = attacks.random_start(x, 8 / 255, "linf", Oracle(None, labels, names(6), 0).generators(x.device), None)
+    for _ in range(3):
+        leaf = expected.clone().requires_grad_()
+        distance = (target.features(leaf) - clean).square().sum()
+        direction = torch.autograd.grad(distance, leaf)[0].sign()
+        expected = (x + (expected + 2 / 255 * direction - x).clamp(-8 / 255, 8 / 255)).clamp(0, 1)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
 def test_mim_is_its_algorithm():
@@ -415,7 +448,8 @@ def test_the_gradient_is_the_exact_mean_over_the_named_draws():
             mean = torch.stack(rows).mean()
             assert float(loss[image]) == pytest.approx(mean.item(), abs=1e-6)
             torch.testing.assert_close(gradient[image], torch.autograd.grad(mean, leaf)[0][0], atol=1e-6, rtol=1e-4)
-        assert oracle.seeds(0, range(5)) != seeds[0]  # the next question meets fresh noise
+        asked = seeds + [oracle.seeds(image, range(5)) for image in range(3)]
+        assert len({seed for each in asked for seed in each}) == 30  # the next question meets fresh noise
 
 
 def test_a_model_without_a_graph_has_gradient_zero():
@@ -471,7 +505,19 @@ def test_images_that_are_wrong_anyway_are_not_attacked():
     assert accuracy(everything) == accuracy(records)
 
 
-def test_the_worse_restart_is_chosen_per_image_on_selection_draws():
+@pytest.mark.parametrize(("threat", "purpose"), [("white_box", SELECT), ("white_box_known_draw", EVALUATE)])
+def test_what_is_wrong_anyway_is_found_on_draws_that_will_not_be_scored_unless_these_are_known(threat, purpose):
+    target, x, labels = NoisyTarget(), images(60), torch.arange(60) % 4
+    recipe = AttackRecipe("pgd", threat_models=[threat], steps=1, skip_misclassified=True)
+    _, attacked = attack_and_score(target, recipe, x, labels, 8)
+    wrong = {
+        name: (decide(target_forward(target), x, names(60), 0, name, 1, 64)[:, 0].argmax(dim=1) != labels).tolist()
+        for name in (SELECT, EVALUATE)
+    }
+    assert attacked.skipped == wrong[purpose] and wrong[SELECT] != wrong[EVALUATE]
+
+
+def test_the_worse_restart_is_chosen_per_image():
     target = LinearTarget()
     x = images(10, 0.3, 0.7)
     labels = (target.margin(x) > 0).long()
@@ -480,6 +526,27 @@ def test_the_worse_restart_is_chosen_per_image_on_selection_draws():
     mixed = [torch.cat([strong[:5], weak[5:]]), torch.cat([weak[:5], strong[5:]])]
     oracle = Oracle(target_forward(target), labels, names(10), seed=0)
     assert torch.equal(choose_worst(oracle, target_forward(target), mixed, labels, 1), strong)
+
+
+@pytest.mark.parametrize(("known_draw", "purpose"), [(False, SELECT), (True, EVALUATE)])
+def test_restarts_are_judged_on_draws_that_will_not_be_scored_unless_these_are_known(known_draw, purpose):
+    target, x, labels = NoisyTarget(), images(40), torch.arange(40) % 4
+    candidates = [
+        attacks.random_start(x, 24 / 255, "linf", [torch.Generator().manual_seed(i)] * 40, None) for i in (1, 2)
+    ]
+    oracle = Oracle(target_forward(target), labels, names(40), seed=0, known_draw=known_draw)
+    chosen = choose_worst(oracle, target_forward(target), candidates, labels, 3)
+    choices = {}
+    for name in (SELECT, EVALUATE):
+        wrong, margins = [], []
+        for candidate in candidates:
+            logits = decide(target_forward(target), candidate, names(40), 0, name, 3, 64)  # (B, 3, 4)
+            margin = torch.stack([margin_loss(logits[:, draw], labels) for draw in range(3)])  # (3, B)
+            wrong.append((margin > 0).sum(dim=0))
+            margins.append(margin.mean(dim=0))
+        worse = (wrong[1] > wrong[0]) | ((wrong[1] == wrong[0]) & (margins[1] > margins[0]))
+        choices[name] = torch.where(worse.view(-1, 1, 1, 1), candidates[1], candidates[0])
+    assert torch.equal(chosen, choices[purpose]) and not torch.equal(choices[SELECT], choices[EVALUATE])
 
 
 def test_rounding_hides_gradients_from_the_white_box_attack_alone():
