@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -9,10 +10,17 @@ from robustness_targets import LuckyTarget, NoisyTarget, QuietTarget, RoundingTa
 from scipy.stats import binom, binomtest
 
 from modeling_nim import NIMPurifiedImageClassification
-from modeling_nim.robustness.certification import certified_comparisons, certified_rows, check_certifiable, count_votes
+from modeling_nim.robustness.certification import (
+    CertifyRecipe,
+    certified_comparisons,
+    certified_rows,
+    certify_image,
+    check_certifiable,
+    count_votes,
+)
 from modeling_nim.robustness.checks import inspect_target
 from modeling_nim.robustness.cost import cost_table, measure_speed, seconds_per_image
-from modeling_nim.robustness.draws import distinct_seeds, stream_seed
+from modeling_nim.robustness.draws import CERTIFY, distinct_seeds, stream_seed
 from modeling_nim.robustness.evaluation import attack_images, score_batch
 from modeling_nim.robustness.figures import accuracy_against_sigma, accuracy_of_models, certified_accuracy
 from modeling_nim.robustness.jobs import Job, plan_jobs
@@ -24,7 +32,7 @@ from modeling_nim.robustness.records import Certificate, Record
 from modeling_nim.robustness.scores import majority_is_right
 from modeling_nim.robustness.statistics import accuracy_interval, certified_radius, lower_bound, paired_p_value
 from modeling_nim.robustness.summary import summarize
-from modeling_nim.robustness.targets import PurifiedTarget
+from modeling_nim.robustness.targets import PurifiedTarget, Target
 
 
 def test_intervals():
@@ -123,6 +131,42 @@ def test_a_certificate_needs_an_answer_that_sees_the_noisy_image_alone(purifier,
     target.model.config.purifier_config.patch_statistics = "input"
     with pytest.raises(ValueError, match='patch_statistics="input"'):
         check_certifiable(target, x)
+
+
+class ListedTarget(Target):
+    """Answers 1 to the draws whose seeds are among `ones`, else 0."""
+
+    name, is_random = "listed", True
+
+    def __init__(self, ones):
+        super().__init__()
+        self.ones = set(ones)
+
+    def draw(self, seeds, image_shape):
+        return {"answers": torch.tensor([int(seed in self.ones) for seed in seeds])}
+
+    def logits(self, images_01, noise):
+        return torch.nn.functional.one_hot(noise["answers"], 2).float()
+
+
+@pytest.mark.parametrize(
+    ("selected", "bounding", "top", "count", "prediction"),
+    [  # of 5 draws that choose the class and of 20 that bound it, how many say 1
+        (3, 20, 1, 20, 1),
+        (3, 3, 1, 3, None),  # the class stays what the first draws chose, and the others do not bear it out
+        (2, 20, 0, 0, None),
+        (2, 0, 0, 20, 0),
+    ],
+)
+def test_the_class_is_chosen_on_draws_that_do_not_bound_it(selected, bounding, top, count, prediction):
+    seeds = distinct_seeds(0, "a", CERTIFY, range(25))
+    target = ListedTarget(seeds[:selected] + seeds[5 : 5 + bounding])
+    recipe = CertifyRecipe("out", [EvaluatedModelRecipe("x", "x")], num_selection_draws=5, num_draws=20, alpha=0.01)
+    found = certify_image(target, 51.0, images(1)[0], 1, "a", recipe)
+    assert (found.top_class, found.count, found.prediction) == (top, count, prediction)
+    # 20 of 20: the bound is 0.01^(1/20), and sigma is 0.2
+    expected = 0.2 * NormalDist().inv_cdf(0.01 ** (1 / 20)) if prediction is not None else 0.0
+    assert found.radius == pytest.approx(expected, rel=1e-6) and (prediction is None or found.radius > 0.16)
 
 
 def test_certified_rows_count_abstentions_as_mistakes():
@@ -281,6 +325,16 @@ def test_too_few_images_to_rank_two_models(right, p_value, rings):
     assert len(messages) == rings
     if rings:
         assert f"a ({100 * (both + first) / 30:.1f}) and b ({100 * (both + second) / 30:.1f};" in messages[0]
+
+
+def test_the_pair_that_is_named_is_the_farthest_apart():
+    records = [
+        Record(name, None, "none", "none", "clean", 0.0, 0, f"image/{index}", 1, [0], [int(index < right)])
+        for name, right in (("a", 10), ("b", 12), ("c", 15))  # 2 or 5 images differ, p = 0.5 and 0.06
+        for index in range(30)
+    ]
+    (alarm,) = [alarm for alarm in summarize(records, {}, {}, {}).to_json()["alarms"] if "few" in alarm["alarm"]]
+    assert "3 pair(s) of models, such as a (33.3) and c (50.0; McNemar p = 0.062)" in alarm["message"]
 
 
 def test_majority_of_draws():
