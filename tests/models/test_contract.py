@@ -93,6 +93,10 @@ def test_the_defense_draws_votes_one_after_the_other(name, sigma, votes, pixel_v
     assert {draw.shape[:2] if votes > 1 else draw.shape[:1] for draw in draws.values()} == {
         (4, votes) if votes > 1 else (4,)
     }
+    of_votes = [[model.purifier.draw(1, [g], sigma) for _ in range(votes)] for g in seeded(1, 2, 3, 4)]
+    for key, draw in draws.items():
+        each = torch.stack([torch.cat([vote[key] for vote in of_image]) for of_image in of_votes])  # (4, K, ...)
+        assert torch.equal(draw if votes > 1 else draw[:, None], each)
     found = model(pixel_values, num_votes=votes, **draws)
     assert torch.equal(found.logits, expected.logits)
     if votes > 1:  # draws say how many votes they are

@@ -125,10 +125,11 @@ def _check_draws(model_dir):
     )
     finetuning = Finetuning(accelerator, recipe, model, model)
     finetuning.train()
-    met = []
+    met, questions = [], []
 
     def note(module, arguments, keywords):
         met.append((module.training, keywords["sigma"], keywords["epsilon"]))
+        questions.append(arguments[0].detach())
 
     model.register_forward_pre_hook(note, with_kwargs=True)
     images_01, targets = torch.rand(2, 3, 32, 32), torch.eye(10)[[1, 7]]
@@ -154,6 +155,15 @@ def _check_draws(model_dir):
     loss.backward()
     for part in (model.purifier, model.classifier):
         assert all(weight.grad.abs().max() > 0 for weight in part.parameters() if weight.requires_grad)
+
+    # in the next epoch the attack begins elsewhere in the ball, and meets other noise
+    later = len(met)
+    finetuning.attack(clean, (which[0] + 1, which[1]), 8.0)
+    starts = [(questions[number] - finetuning.normalize(images_01)).flatten() for number in (0, later)]
+    noises = [met[number][2].flatten() for number in (0, later)]
+    for pair in (starts, noises):
+        assert torch.corrcoef(torch.stack(pair))[0, 1].abs() < 0.08
+    assert starts[1].abs().max() > 0.1 and not torch.equal(met[0][1], met[later][1])
 
 
 def test_attack_and_training_meet_one_sigma_and_different_noise(denoised):
