@@ -517,6 +517,21 @@ def test_what_is_wrong_anyway_is_found_on_draws_that_will_not_be_scored_unless_t
     assert attacked.skipped == wrong[purpose] and wrong[SELECT] != wrong[EVALUATE]
 
 
+def test_restarts_begin_elsewhere_and_meet_other_noise():
+    starts, seeds = [], []
+
+    def note(oracle, images_01, epsilon):
+        starts.append(attacks.random_start(images_01, epsilon, "linf", oracle.generators(images_01.device), None))
+        seeds.append(oracle.seeds(0, range(4)))
+        return starts[-1]
+
+    x = images(5, 0.3, 0.7)
+    attack_and_score(NoisyTarget(), AttackRecipe(note, restarts=3, skip_misclassified=False), x, torch.arange(5) % 4, 8)
+    assert len({seed for each in seeds for seed in each}) == 3 * 4
+    moves = torch.stack([(start - x).flatten() for start in starts]) * 255 / 8  # uniform in [-1, 1], 960 of each
+    assert (moves @ moves.T / 960 - torch.eye(3) / 3).abs().max() < 0.05
+
+
 def test_the_worse_restart_is_chosen_per_image():
     target = LinearTarget()
     x = images(10, 0.3, 0.7)
