@@ -18,8 +18,8 @@ class LuckyTarget(Target):
         uniform = [torch.rand((), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return {"right": torch.stack(uniform) < 0.9}
 
-    def logits(self, images_01, noise):
-        right = noise["right"] if noise else torch.ones(len(images_01), dtype=torch.bool)
+    def logits(self, images_01, draw):
+        right = draw["right"] if draw else torch.ones(len(images_01), dtype=torch.bool)
         logits = torch.where(right[:, None], torch.tensor([4.0, 1, 0, 0]), torch.tensor([1.0, 4, 0, 0]))
         return logits + 0 * images_01.sum()  # torchattacks cannot do without a graph
 
@@ -39,7 +39,7 @@ class LinearTarget(Target):
     def margin(self, images_01):
         return ((images_01 - 0.5) * self.weight).flatten(1).sum(1)
 
-    def logits(self, images_01, noise):
+    def logits(self, images_01, draw):
         margin = self.margin(images_01)
         return torch.stack([-margin, margin], dim=1)
 
@@ -49,8 +49,8 @@ class RoundingTarget(LinearTarget):
 
     name, sigma = "rounding", "0"
 
-    def logits(self, images_01, noise):
-        return super().logits((images_01 * 32).round() / 32, noise)
+    def logits(self, images_01, draw):
+        return super().logits((images_01 * 32).round() / 32, draw)
 
     def classifier_logits(self, images_01):
         return super().logits(images_01, {})
@@ -73,8 +73,8 @@ class NoisyTarget(Target):
         ]
         return {"epsilon": torch.stack(draws)}
 
-    def logits(self, images_01, noise):
-        noisy = images_01.double() + (30 / 255 * noise["epsilon"] if noise else 0)
+    def logits(self, images_01, draw):
+        noisy = images_01.double() + (30 / 255 * draw["epsilon"] if draw else 0)
         return ((noisy - 0.5).flatten(1) @ self.first).tanh() @ self.last
 
     def features(self, images_01):
@@ -95,7 +95,7 @@ class SecretlyRandomTarget(QuietTarget):
 
     name = "secretly random"
 
-    def logits(self, images_01, noise):
+    def logits(self, images_01, draw):
         return super().logits(images_01, {}) + nn.functional.dropout(torch.ones(1, 4))
 
 

@@ -127,11 +127,11 @@ def reconstruction_records(
                 seed = stream_seed(0, image_id, RECONSTRUCTION)
                 images_01 = evaluation_batch(source, [index], processor).to(device)  # (1, 3, H, W)
                 pixel_values = normalize(images_01, config.image_mean, config.image_std)
-                noise = purifier.draw(1, [torch.Generator(device).manual_seed(seed)], sigma, images_01.shape[-2:])
-                purified = denormalize(purifier.purify(pixel_values, **noise), config.image_mean, config.image_std)
+                draw = purifier.draw(1, [torch.Generator(device).manual_seed(seed)], sigma, images_01.shape[-2:])
+                purified = denormalize(purifier.purify(pixel_values, **draw), config.image_mean, config.image_std)
                 psnr_db = -10 * float((purified - images_01).square().mean().log10())
                 own_size = tuple(images_01.shape[-2:]) == (config.image_size, config.image_size)
-                loss = float(purifier(pixel_values, **noise).loss) if own_size else None
+                loss = float(purifier(pixel_values, **draw).loss) if own_size else None
                 record = {"model": name, "sigma_255": sigma, "image_id": image_id, "loss": loss, "psnr_db": psnr_db}
                 records.append(record)
     return records

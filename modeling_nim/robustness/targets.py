@@ -16,7 +16,7 @@ from ..noise_nim import MAX_SIGMA_255, denormalize, normalize, parse_sigma
 from .draws import isolated_global_rng
 
 
-Noise = dict[str, Any]
+Draw = dict[str, Any]
 
 
 class Target(nn.Module):
@@ -34,11 +34,11 @@ class Target(nn.Module):
     bf16_gradients: bool = False  # attacks compute in bfloat16 what they differentiate; answers stay in float32
     rows_per_decision: int = 1  # forward passes of one decision (the votes), for the micro-batch and the cost
 
-    def draw(self, seeds: Sequence[int], image_shape: Sequence[int]) -> Noise:
+    def draw(self, seeds: Sequence[int], image_shape: Sequence[int]) -> Draw:
         """The noise of `len(seeds)` decisions on images `(C, H, W)`, for one call of `logits`; empty without noise."""
         return {}
 
-    def logits(self, images_01: torch.Tensor, noise: Noise) -> torch.Tensor:
+    def logits(self, images_01: torch.Tensor, draw: Draw) -> torch.Tensor:
         """`(R, num_classes)`; differentiable with respect to the images."""
         raise NotImplementedError
 
@@ -98,7 +98,7 @@ class ClassifierTarget(_ModelTarget):
         self.model = model.eval().requires_grad_(False)
         self.image_mean, self.image_std = list(image_mean), list(image_std)
 
-    def logits(self, images_01: torch.Tensor, noise: Noise) -> torch.Tensor:
+    def logits(self, images_01: torch.Tensor, draw: Draw) -> torch.Tensor:
         return self.model(normalize(images_01, self.image_mean, self.image_std)).logits
 
     def features(self, images_01: torch.Tensor) -> torch.Tensor:
@@ -142,17 +142,17 @@ class PurifiedTarget(_ModelTarget):
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def draw(self, seeds: Sequence[int], image_shape: Sequence[int]) -> Noise:
+    def draw(self, seeds: Sequence[int], image_shape: Sequence[int]) -> Draw:
         if self.without_purifier:
             return {}
         generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
         return self.model.draw(len(seeds), generators, self._sigma, self.num_votes, tuple(image_shape[-2:]))
 
-    def logits(self, images_01: torch.Tensor, noise: Noise) -> torch.Tensor:
+    def logits(self, images_01: torch.Tensor, draw: Draw) -> torch.Tensor:
         if self.without_purifier:
             return self.classifier_logits(images_01)
         pixel_values = normalize(images_01, self.image_mean, self.image_std)
-        return self.model(pixel_values, num_votes=self.num_votes, **{"sigma": self._sigma, **noise}).logits
+        return self.model(pixel_values, num_votes=self.num_votes, **{"sigma": self._sigma, **draw}).logits
 
     @property
     def _sigma(self) -> str | None:
@@ -216,13 +216,13 @@ class FunctionTarget(Target):
     def class_names(self) -> list[str] | None:
         return getattr(self.classifier, "class_names", None)
 
-    def draw(self, seeds: Sequence[int], image_shape: Sequence[int]) -> Noise:
+    def draw(self, seeds: Sequence[int], image_shape: Sequence[int]) -> Draw:
         return {"seeds": list(seeds)} if self.is_random else {}
 
-    def logits(self, images_01: torch.Tensor, noise: Noise) -> torch.Tensor:
+    def logits(self, images_01: torch.Tensor, draw: Draw) -> torch.Tensor:
         if self.purifier is None:
-            return self._by_image(self._classify, images_01, noise["seeds"]) if noise else self._classify(images_01)
-        return self._classify(self._purify(images_01, noise.get("seeds")))
+            return self._by_image(self._classify, images_01, draw["seeds"]) if draw else self._classify(images_01)
+        return self._classify(self._purify(images_01, draw.get("seeds")))
 
     def classifier_logits(self, images_01: torch.Tensor) -> torch.Tensor:
         if self.purifier is None and self.is_random:
@@ -298,12 +298,12 @@ class SmoothedTarget(Target):
     def weights(self) -> nn.Module:
         return self.base.weights
 
-    def draw(self, seeds: Sequence[int], image_shape: Sequence[int]) -> Noise:
+    def draw(self, seeds: Sequence[int], image_shape: Sequence[int]) -> Draw:
         draws = [torch.randn(tuple(image_shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return {"epsilon": torch.stack(draws)}
 
-    def logits(self, images_01: torch.Tensor, noise: Noise) -> torch.Tensor:
-        return self.base.logits(images_01 + self.sigma_255 / 255 * noise["epsilon"].to(images_01.device), {})
+    def logits(self, images_01: torch.Tensor, draw: Draw) -> torch.Tensor:
+        return self.base.logits(images_01 + self.sigma_255 / 255 * draw["epsilon"].to(images_01.device), {})
 
     def classifier_logits(self, images_01: torch.Tensor) -> torch.Tensor:
         return self.base.logits(images_01, {})

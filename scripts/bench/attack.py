@@ -74,9 +74,9 @@ class ImagesToLogits(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images_01: torch.Tensor, noise: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+    def forward(self, images_01: torch.Tensor, draw: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
         config = self.model.config
-        return self.model(normalize(images_01, config.image_mean, config.image_std), **(noise or {})).logits
+        return self.model(normalize(images_01, config.image_mean, config.image_std), **(draw or {})).logits
 
 
 def build(size: str, image_size: int, device: torch.device) -> NIMPurifiedImageClassification:
@@ -153,8 +153,8 @@ def main() -> None:
         total = torch.zeros_like(images_01)
         for draw in range(EOT_SAMPLES):
             leaf = images_01.clone().requires_grad_()
-            noise = target.draw([seeds[image][draw] for image in range(number)], images_01.shape[1:])
-            total += torch.autograd.grad(cross_entropy_loss(one_pass(leaf, noise), labels).sum(), leaf)[0]
+            drawn = target.draw([seeds[image][draw] for image in range(number)], images_01.shape[1:])
+            total += torch.autograd.grad(cross_entropy_loss(one_pass(leaf, drawn), labels).sum(), leaf)[0]
         return total / EOT_SAMPLES
 
     contestants = {

@@ -115,8 +115,8 @@ def test_a_processor_that_contradicts_its_model_stops_the_run(released, tmp_path
 class WrongGradients(QuietTarget):
     """Right answers, and gradients that point the other way."""
 
-    def logits(self, images_01, noise):
-        return super().logits(2 * images_01.detach() - images_01, noise)
+    def logits(self, images_01, draw):
+        return super().logits(2 * images_01.detach() - images_01, draw)
 
 
 def finish(run, output_dir):
@@ -156,7 +156,7 @@ class StuckTarget(NoisyTarget):
 class ImageSeededTarget(QuietTarget):
     """Declared deterministic; its noise is seeded by the image."""
 
-    def logits(self, images_01, noise):
+    def logits(self, images_01, draw):
         rows = []
         for row in images_01:
             seed = int(row.double().sum().detach().view(torch.int64)) % 2**31

@@ -110,8 +110,8 @@ class Altered(QuietTarget):
         super().__init__()
         self.change = change
 
-    def logits(self, images_01, noise):
-        return super().logits(images_01.detach() + self.change(images_01 - images_01.detach()), noise)
+    def logits(self, images_01, draw):
+        return super().logits(images_01.detach() + self.change(images_01 - images_01.detach()), draw)
 
 
 @pytest.mark.parametrize("attacks", ["pgd", "fgsm"])
@@ -142,9 +142,9 @@ def test_answers_that_are_not_finite_stop_or_ring():
         evaluate(lambda x: x.flatten(1)[:, :4] / 0, (X, Y), "fgsm")
 
     class BreaksWhenAttacked(QuietTarget):
-        def logits(self, images_01, noise):
+        def logits(self, images_01, draw):
             far = (images_01 > 0.805).flatten(1).any(1)  # which X never is
-            return super().logits(images_01, noise).masked_fill(far[:, None], float("nan"))
+            return super().logits(images_01, draw).masked_fill(far[:, None], float("nan"))
 
     assert "answers_not_finite" in alarms(BreaksWhenAttacked())
 
@@ -162,7 +162,7 @@ class OneDrawForAll(NoisyTarget):
 class SeededByPixels(QuietTarget):
     """Declared deterministic; noise seeded by the image in 8 bits, so that the last bit of a float changes nothing."""
 
-    def logits(self, images_01, noise):
+    def logits(self, images_01, draw):
         rows = []
         for row in (255 * images_01.detach()).round().long():
             seed = int((row.flatten() * torch.arange(1, row.numel() + 1)).sum())
@@ -173,8 +173,8 @@ class SeededByPixels(QuietTarget):
 class NormalizedByBatch(QuietTarget):
     """What a batch normalization in training mode does."""
 
-    def logits(self, images_01, noise):
-        return super().logits(0.5 + images_01 - images_01.mean(dim=0), noise)
+    def logits(self, images_01, draw):
+        return super().logits(0.5 + images_01 - images_01.mean(dim=0), draw)
 
 
 @pytest.mark.parametrize(

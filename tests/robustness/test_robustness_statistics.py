@@ -145,8 +145,8 @@ class ListedTarget(Target):
     def draw(self, seeds, image_shape):
         return {"answers": torch.tensor([int(seed in self.ones) for seed in seeds])}
 
-    def logits(self, images_01, noise):
-        return torch.nn.functional.one_hot(noise["answers"], 2).float()
+    def logits(self, images_01, draw):
+        return torch.nn.functional.one_hot(draw["answers"], 2).float()
 
 
 @pytest.mark.parametrize(
