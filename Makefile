@@ -2,7 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-LAUNCH := $(BIN)/python scripts/launch.py --config_file scripts/launch/cpu.yaml
+# One process on the CPU: the same as under scripts/launch.py with scripts/launch/cpu.yaml, without its imports in every step.
+RUN := ACCELERATE_USE_CPU=true $(BIN)/python
 DIGITS := scripts/recipes/digits
 
 .PHONY: setup demo test test-transformers test-oldest test-newest lint bench cards space clean
@@ -18,14 +19,14 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 # Pre-train, fine-tune on original and on denoised images, harden both, attack, draw: the paper on handwritten digits and what
 # adversarial training adds to it. The undefended and the defended model are trained side by side, a thread each.
 demo: setup
-	$(LAUNCH) scripts/run_pretrain.py $(DIGITS)/pretrain_nim_mae.yaml
+	$(RUN) scripts/run_pretrain.py $(DIGITS)/pretrain_nim_mae.yaml
 	export OMP_NUM_THREADS=1; \
-	( $(LAUNCH) scripts/run_finetune.py $(DIGITS)/finetune_original.yaml && \
-	  $(LAUNCH) scripts/run_finetune.py $(DIGITS)/finetune_adversarial.yaml ) & undefended=$$!; \
-	$(LAUNCH) scripts/run_finetune.py $(DIGITS)/finetune_denoised.yaml && \
-	$(LAUNCH) scripts/run_finetune.py $(DIGITS)/finetune_hardened.yaml; defended=$$?; \
+	( $(RUN) scripts/run_finetune.py $(DIGITS)/finetune_original.yaml && \
+	  $(RUN) scripts/run_finetune.py $(DIGITS)/finetune_adversarial.yaml ) & undefended=$$!; \
+	$(RUN) scripts/run_finetune.py $(DIGITS)/finetune_denoised.yaml && \
+	$(RUN) scripts/run_finetune.py $(DIGITS)/finetune_hardened.yaml; defended=$$?; \
 	wait $$undefended && exit $$defended
-	$(LAUNCH) scripts/run_attack.py $(DIGITS)/attack.yaml
+	$(RUN) scripts/run_attack.py $(DIGITS)/attack.yaml
 	$(BIN)/python scripts/reports/figures.py outputs/demo
 
 test: setup lint
