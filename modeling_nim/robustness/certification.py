@@ -27,8 +27,8 @@ from .recipes import EvaluatedModelRecipe
 from .record_file import RecordFile, Unit, plan_units, run_settings
 from .records import Certificate, model_key
 from .run import look_at_target
-from .scores import percent
-from .statistics import accuracy_interval, certified_radius, paired_p_value
+from .scores import compare_pair, interval, percent
+from .statistics import certified_radius
 from .targets import PurifiedTarget, SmoothedTarget, Target
 
 
@@ -160,9 +160,9 @@ def certified_rows(certificates: Sequence[Certificate], radii: Sequence[float]) 
                     "model": model,
                     "sigma": sigma,
                     "radius_l2": radius,
-                    "certified_accuracy": round(100 * sum(correct) / len(correct), 4),
-                    "ci95": [round(bound, 4) for bound in accuracy_interval(correct)],
-                    "abstained": round(100 * sum(item.prediction is None for item in members) / len(members), 4),
+                    "certified_accuracy": percent(correct),
+                    "ci95": interval(correct),
+                    "abstained": percent([item.prediction is None for item in members]),
                     "num_images": len(members),
                 }
             )
@@ -175,20 +175,11 @@ def certified_comparisons(certificates: Sequence[Certificate], radii: Sequence[f
     for item in certificates:
         by_model.setdefault(model_key(item.model, item.sigma_255), {})[item.image_id] = item
     comparisons = []
-    for (first, a), (second, b) in itertools.combinations(by_model.items(), 2):
-        images = sorted(set(a) & set(b))
-        for radius in radii if images else ():
-            holds = [[members[image].holds(radius) for image in images] for members in (a, b)]
-            comparisons.append(
-                {
-                    "radius_l2": radius,
-                    "models": [first, second],
-                    "certified_accuracy": [percent(each) for each in holds],
-                    "num_images": len(images),
-                    "p_value": paired_p_value(*holds),
-                }
-            )
-    return comparisons
+    for pair in itertools.combinations(by_model.items(), 2):
+        for radius in radii:
+            holds = {name: {image: item.holds(radius) for image, item in found.items()} for name, found in pair}
+            comparisons.append(compare_pair(holds, "certified_accuracy", radius_l2=radius))
+    return [comparison for comparison in comparisons if comparison]
 
 
 class CertificationRun:

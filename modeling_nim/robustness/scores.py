@@ -1,11 +1,11 @@
 """Scores per image, from records: for the table and the alarms."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .records import Record
-from .statistics import accuracy_interval
+from .statistics import accuracy_interval, paired_p_value
 
 
 def majority_is_right(predictions: Sequence[int], label: int) -> bool:
@@ -34,6 +34,22 @@ def percent(values: Sequence[float]) -> float:
 def interval(values: Sequence[float]) -> list[float]:
     """The 95% Wilson interval of that mean, in percent."""
     return [round(bound, 4) for bound in accuracy_interval(values)]
+
+
+def compare_pair(decisions: Mapping[str, Mapping[str, bool]], accuracy: str, **condition: Any) -> dict[str, Any] | None:
+    """Two models on the images that both met (exact McNemar), or None where there are none.
+
+    Args:
+        decisions: by model, in order; whether it is right, by image.
+        accuracy: the key of their accuracies in percent.
+        condition: the attack, or the radius, under which they are compared.
+    """
+    images = sorted(set.intersection(*map(set, decisions.values())))
+    if not images:
+        return None
+    right = [[found[image] for image in images] for found in decisions.values()]
+    found = {"models": list(decisions), accuracy: [percent(each) for each in right], "num_images": len(images)}
+    return condition | found | {"p_value": paired_p_value(*right)}
 
 
 def length(record: Record, norm: str) -> float:

@@ -8,8 +8,7 @@ from typing import Any
 
 from .alarms import of_comparisons, of_models, of_records
 from .records import Record, Row, model_key
-from .scores import interval, length, majority_is_right, norm_of, percent, scores
-from .statistics import paired_p_value
+from .scores import compare_pair, interval, length, majority_is_right, norm_of, percent, scores
 
 
 @dataclass
@@ -137,22 +136,10 @@ def _comparisons(groups: dict[tuple, list[Record]]) -> list[dict[str, Any]]:
     comparisons = []
     for (label, threat, epsilon), contestants in by_attack.items():
         decisions = [(name, _pooled(members)) for name, members in contestants]
-        for (first, a), (second, b) in itertools.combinations(decisions, 2):
-            images = sorted(set(a) & set(b))
-            if not images:
-                continue
-            comparisons.append(
-                {
-                    "name": label,
-                    "threat_model": threat,
-                    "epsilon_255": epsilon,
-                    "models": [first, second],
-                    "accuracy_majority": [percent([float(d[image]) for image in images]) for d in (a, b)],
-                    "num_images": len(images),
-                    "p_value": paired_p_value([a[image] for image in images], [b[image] for image in images]),
-                }
-            )
-    return comparisons
+        for pair in itertools.combinations(decisions, 2):
+            condition = {"name": label, "threat_model": threat, "epsilon_255": epsilon}
+            comparisons.append(compare_pair(dict(pair), "accuracy_majority", **condition))
+    return [comparison for comparison in comparisons if comparison]
 
 
 def table(rows: Sequence[Row]) -> str:
