@@ -31,6 +31,9 @@ class SignalPasser:
         signal.signal(signal.SIGALRM, self._pass_on)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._receive)
+        import psutil  # before a signal: a tick of the timer would interrupt the import in the one before
+
+        self.process = psutil.Process()
 
     def _receive(self, number: int, _) -> None:
         self.received = self.received or number
@@ -40,21 +43,14 @@ class SignalPasser:
         signal.setitimer(signal.ITIMER_REAL, 1e-3, PASS_ON_EVERY_S)
 
     def _pass_on(self, *_) -> None:
-        for child in children():
-            if child not in self.told:
-                self.told.add(child)
-                os.kill(child, signal.SIGTERM)  # what the run does on both is the same but for its exit code
+        for child in self.process.children():
+            if child.pid not in self.told:
+                self.told.add(child.pid)
+                os.kill(child.pid, signal.SIGTERM)  # what the run does on both is the same but for its exit code
 
     def say(self) -> None:
         """Prints the line of a stopped run, where the run printed none."""
         print(STOPPED.format(signal.Signals(self.received).name), file=sys.stderr, flush=True)
-
-
-def children() -> list[int]:
-    """The processes that this one started."""
-    import psutil
-
-    return [child.pid for child in psutil.Process().children()]
 
 
 def make_launch_parser():

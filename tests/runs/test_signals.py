@@ -84,6 +84,29 @@ def test_signals_at_random_moments_lose_no_step_and_leave_no_process(num_process
     assert stops[-1] > 0
 
 
+PASSES_ON = """
+import os, signal, subprocess
+import launch
+
+passer = launch.SignalPasser()
+passer.launching = True
+child = subprocess.Popen(["sleep", "60"])
+os.kill(os.getpid(), signal.SIGTERM)
+assert child.wait(timeout=30) == -signal.SIGTERM
+"""
+
+
+def test_the_launcher_passes_a_signal_on_though_an_import_takes_longer_than_its_timer(tmp_path):
+    """As on a busy machine with cold files: a stand-in becomes psutil itself after a second."""
+    slow = (
+        f"import sys, time; time.sleep(1); sys.path.remove({str(tmp_path)!r}); del sys.modules['psutil']; import psutil"
+    )
+    (tmp_path / "psutil.py").write_text(slow)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY / "scripts")])}
+    done = subprocess.run([sys.executable, "-c", PASSES_ON], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.timeout(60 * NUM_SIGNALS + TIMEOUT_S)
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
 @pytest.mark.parametrize("num_processes", [1, 2])
