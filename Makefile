@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 RUN := ACCELERATE_USE_CPU=true $(BIN)/python
 DIGITS := scripts/recipes/digits
 
-.PHONY: setup demo test test-transformers test-oldest test-newest lint bench cards space clean
+.PHONY: setup demo test test-transformers test-oldest test-oldest-transformers test-newest lint bench cards space clean
 
 setup: $(VENV)/.installed
 
@@ -37,27 +37,21 @@ test-transformers: setup
 	$(BIN)/python -m pytest -c tests/transformers_common/pytest.ini tests/transformers_common
 
 # The ends of the ranges in setup.cfg, each in an environment of its own that has everything else from .venv. The oldest
-# PyTorch is a download of 3 GB; the newest is the one of constraints.txt.
-# The common tests of transformers 5.18 want a gradient for parameters that are frozen too, so they run at the other end alone.
-OLDEST := torch==2.11.0 transformers==5.18.0
-NEWEST := --no-deps transformers==5.24.0
-
-test-oldest: setup
-	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --quiet $(OLDEST)
-	$(call test_pair,.venv-oldest)
-
-test-newest: setup
-	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/python -m pip install --quiet $(NEWEST)
-	$(call test_pair,.venv-newest)
-	.venv-newest/bin/python -m pytest -c tests/transformers_common/pytest.ini tests/transformers_common
-
+# PyTorch is a download of 3 GB, which oldest-transformers does without; the newest is the one of constraints.txt.
+oldest := torch==2.11.0 transformers==5.18.0
+oldest-transformers := --no-deps transformers==5.18.0
+newest := --no-deps transformers==5.24.0
 PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
-define test_pair
-	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" > "$$($(1)/bin/python $(PURELIB))/zz_after_its_own.pth"
-	$(1)/bin/python -m pytest -n 2 --dist loadfile tests/models tests/hub/test_hub.py tests/hub/test_releases.py
-endef
+
+.venv-%/.installed: Makefile | setup
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet $($*)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" > "$$(.venv-$*/bin/python $(PURELIB))/zz_after_its_own.pth"
+	touch $@
+
+test-oldest test-oldest-transformers test-newest: test-%: .venv-%/.installed
+	.venv-$*/bin/python -m pytest -n 2 --dist loadfile tests/models tests/hub/test_hub.py tests/hub/test_releases.py tests/runs/test_export.py
+	.venv-$*/bin/python -m pytest -c tests/transformers_common/pytest.ini tests/transformers_common
 
 lint: setup
 	$(BIN)/ruff check .
@@ -85,4 +79,4 @@ space: setup
 	$(BIN)/python space/app.py
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest outputs build *.egg-info
+	rm -rf $(VENV) .venv-* outputs build *.egg-info

@@ -24,6 +24,7 @@ BELOW = {  # the folders of the package, "" for its top, and those that each may
 PACKAGE = sorted((ROOT / "modeling_nim").rglob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
 REPORTS = sorted((ROOT / "scripts" / "reports").rglob("*.py"))
+ENDS = ("oldest", "oldest-transformers", "newest")  # of the ranges in setup.cfg
 # British spellings, as stems
 BRITISH = r"defence|colour|neighbour|behaviour|grey|centre|artefact|learnt|(?:normal|summar|optim|random|initial)is[ei]"
 
@@ -93,3 +94,17 @@ def test_names_and_documents_are_spelled_as_in_transformers():
     assert len(files) > 200  # they were found
     words = {(str(path), word) for path in files for word in re.findall(BRITISH, path.read_text(), re.IGNORECASE)}
     assert words == set()
+
+
+def test_the_ends_of_the_ranges_are_those_that_are_tested():
+    """setup.cfg says what is supported, the Makefile what its rules for the oldest and the newest versions install."""
+    text = (ROOT / "setup.cfg").read_text()
+    rules = (ROOT / "Makefile").read_text()
+    tested = {end: dict(re.findall(r"(\w+)==([\d.]+)", rules.split(f"\n{end} := ")[1].split("\n")[0])) for end in ENDS}
+    pinned = dict(re.findall(r"^(\w+)==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    for name in ("torch", "transformers"):
+        low, above = re.search(rf"^    {name}>=([\d.]+),<([\d.]+)$", text, re.MULTILINE).groups()
+        newest = (tested["newest"] | {"torch": pinned["torch"]})[name]
+        major, minor = above.split(".")
+        assert tested["oldest"][name] == f"{low}.0" and newest.startswith(f"{major}.{int(minor) - 1}.")
+    assert tested["oldest-transformers"] == {"transformers": tested["oldest"]["transformers"]}

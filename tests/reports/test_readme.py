@@ -75,7 +75,8 @@ def test_python_of_the_readme_runs_on_models_laid_out_as_the_demo_does(tmp_path,
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_commands_of_the_documents_name_what_exists(words, monkeypatch):
     if words[0] == "make":
-        assert f"\n{words[1]}:" in (REPOSITORY / "Makefile").read_text()
+        rules = re.findall(r"^([\w -]+):(?!=)", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+        assert words[1] in " ".join(rules).split()
         return
     if "--config_file" in words:
         launch = yaml.safe_load((REPOSITORY / words[words.index("--config_file") + 1]).read_text())

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import source
 import torch
+import transformers
 from conftest import TINY, TINY_DECODER
 from transformers import PreTrainedConfig
 
@@ -138,6 +139,8 @@ def common_tests(model_class: type, config: Callable[[], PreTrainedConfig]) -> t
     class Test(common.ModelTesterMixin, unittest.TestCase):
         all_model_classes = (model_class,)
         test_resize_embeddings = False
+        # 5.18 makes all weights trainable in its test of gradients, also a mask token that no mask puts into the graph.
+        test_all_params_have_gradient = not transformers.__version__.startswith("5.18.")
 
         def setUp(self):
             self.model_tester = Tester(self, model_class, config)
