@@ -24,6 +24,7 @@ from .pipeline_nim import register_pipeline
 __version__ = "0.1.0"
 
 __all__ = [
+    "MODELS",
     "MODEL_SIZES",
     "NIMClassifierConfig",
     "NIMConfig",
@@ -45,6 +46,12 @@ __all__ = [
     "sample_sigma",
 ]
 
+# Every model class, by the name that its configuration gives it (`architectures`).
+MODELS = {
+    model.__name__: model
+    for model in (*(model for family in FAMILIES for model in family.models), NIMPurifiedImageClassification)
+}
+
 _auto_classes = (AutoModel, AutoModelForPreTraining, AutoModelForImageClassification)
 for _auto_class, _model in [
     *(pair for family in FAMILIES for pair in zip(_auto_classes, family.models, strict=True)),
@@ -53,7 +60,6 @@ for _auto_class, _model in [
     _config = _model.config_class
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     _auto_class.register(_config, _model, exist_ok=True)
-    globals().setdefault(_model.__name__, _model)  # also of a family that is not imported by name above
     # Saved models carry their code, so that trust_remote_code=True loads them where this package is not installed.
     _config.register_for_auto_class()
     _model.register_for_auto_class(_auto_class.__name__)

@@ -29,8 +29,8 @@ from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from transformers import PreTrainedConfig, PreTrainedModel
 
-import modeling_nim
 from hub_results import results_yaml
+from modeling_nim import MODELS
 from modeling_nim.runs.errors import naming_damaged_files, run_main
 from modeling_nim.runs.files import write_text
 from modeling_nim.runs.models import ModelKind, load_model, load_processor
@@ -46,8 +46,8 @@ def load_for_publication(directory: Path) -> PreTrainedModel:
         raise FileNotFoundError(f"{directory} holds no config.json: pass a directory that save_pretrained wrote")
     with naming_damaged_files(directory):
         names = [str(name) for name in PreTrainedConfig.get_config_dict(directory)[0].get("architectures") or ["none"]]
-    model_class = getattr(modeling_nim, names[0], None)
-    if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
+    model_class = MODELS.get(names[0])
+    if model_class is None:
         raise ValueError(
             f"{directory} holds a {names[0]}, no model of this package: publish it with its own push_to_hub"
         )

@@ -21,8 +21,8 @@ import torch
 from transformers import AutoConfig
 from transformers.dynamic_module_utils import custom_object_save
 
-import modeling_nim
 from hub_results import results_yaml
+from modeling_nim import MODELS
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.recipe import load_recipe
 from reports.cards import CardFacts, own_results
@@ -37,7 +37,7 @@ def code_files(directory: Path) -> dict[str, str]:
     """The code that `save_pretrained` puts beside this model's weights, `{file name: text}`."""
     config = AutoConfig.from_pretrained(directory)
     with torch.device("meta"):  # the weights are not looked at
-        model = getattr(modeling_nim, config.architectures[0])(config)
+        model = MODELS[config.architectures[0]](config)
     with tempfile.TemporaryDirectory() as folder:
         custom_object_save(config, folder)
         custom_object_save(model, folder)

@@ -27,8 +27,8 @@ import torch
 from huggingface_hub import EvalResult, ModelCardData
 from transformers import AutoConfig, PreTrainedConfig
 
-import modeling_nim
 from hub_results import in_metadata
+from modeling_nim import MODELS, NIMPurifiedImageClassification
 from modeling_nim.families_nim import FAMILIES
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.recipe import dotted_keys, load_recipe, stack_recipes
@@ -39,7 +39,7 @@ from reports.tables import Row, environment, keep_as_made, read_result
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = ROOT / "model_cards" / "TEMPLATE.md"
 KINDS = {
-    modeling_nim.NIMPurifiedImageClassification: "purified",
+    NIMPurifiedImageClassification: "purified",
     **{family.classifier: "classifier" for family in FAMILIES},
     **{family.pretraining: "denoiser" for family in FAMILIES},
 }
@@ -98,7 +98,7 @@ def render_card(name: str, facts: CardFacts, config: PreTrainedConfig, root: Pat
         FileNotFoundError, ValueError: a recipe or summary is missing, or a summary does not know `facts.model`.
     """
     architecture = (config.architectures or ["none"])[0]
-    model_class = getattr(modeling_nim, architecture, None)
+    model_class = MODELS.get(architecture)
     if model_class not in KINDS:
         raise ValueError(f"no card is known for the architecture {architecture!r}; it is no model of this package")
     kind = KINDS[model_class]

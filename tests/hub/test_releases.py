@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from test_hub import SITE_PACKAGES
 from transformers import AutoImageProcessor
 
-import modeling_nim
+from modeling_nim import MODELS
 
 
 pytestmark = pytest.mark.timeout(600)  # one process loads all of them, on a machine that may be busy
@@ -38,7 +38,7 @@ DENOISERS = [folder for folder in RELEASED if "AutoModelForPreTraining" in confi
 
 @pytest.mark.parametrize("folder", RELEASED, ids=lambda folder: folder.name)
 def test_a_released_directory_holds_what_a_pushed_one_holds(folder, tmp_path):
-    model = getattr(modeling_nim, config_of(folder)["architectures"][0]).from_pretrained(folder)
+    model = MODELS[config_of(folder)["architectures"][0]].from_pretrained(folder)
     model.save_pretrained(tmp_path)
     pushed = {path.name for path in tmp_path.iterdir()} | {"README.md"}
     assert pushed == {path.name for path in folder.iterdir()} - {"card.yaml", ".eval_results"}
@@ -117,7 +117,7 @@ def test_a_released_classifier_answers_as_its_card_says_where_the_package_is_blo
 @pytest.mark.parametrize("folder", DENOISERS, ids=lambda folder: folder.name)
 def test_a_released_purifier_denoises_as_its_card_says_where_the_package_is_blocked(answers, folder, monkeypatch):
     assert answers[folder.name] == pytest.approx(with_the_package(folder, monkeypatch), abs=1e-5)
-    model = getattr(modeling_nim, config_of(folder)["architectures"][0]).from_pretrained(folder)
+    model = MODELS[config_of(folder)["architectures"][0]].from_pretrained(folder)
     clean = AutoImageProcessor.from_pretrained(folder)(Image.open(DIGIT), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         purified = model.purify(clean, sigma=30, generator=torch.Generator().manual_seed(0))
