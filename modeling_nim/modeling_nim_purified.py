@@ -301,7 +301,8 @@ class NIMPurifiedImageClassification(ImageProcessorMixin, LoadedAsBuiltMixin, Pr
 
         degraded, hidden = self.purifier.degrade(pixel_values, self._sigma(sigma), epsilon, generator, noise)
         purified = self.purifier.restore(degraded, hidden, pixel_values)  # (B * K, 3, H, W)
-        classified = self.classifier(self.prepare_for_classifier(purified), **kwargs)
+        asked = {name: True for name in ("output_hidden_states", "output_attentions") if getattr(self.config, name)}
+        classified = self.classifier(self.prepare_for_classifier(purified), **(asked | kwargs))
         logits = classified.logits  # (B * K, num_labels)
         problem_type = self.config.problem_type or self.config.classifier_config.problem_type
         if votes > 1:

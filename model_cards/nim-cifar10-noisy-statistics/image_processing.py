@@ -113,18 +113,21 @@ def image_settings_of(config: PreTrainedConfig) -> ImageSettings:
     if processor is None:
         return ImageSettings(size, mean, std)
     levels = [
-        np.asarray(
-            processor(Image.new(CHANNELS, (640, 480), color), return_tensors="np")["pixel_values"][0], np.float64
-        )
-        for color in ("black", "white")
+        np.asarray(processor(Image.new(CHANNELS, sides, color), return_tensors="np")["pixel_values"][0], np.float64)
+        for color, sides in (("black", (640, 480)), ("white", (480, 400)))
     ]  # (3, H, W) each
     black, white = (level.mean(axis=(1, 2)) for level in levels)
     if size is None:
-        size = min(levels[0].shape[1:])  # of a processor that does not crop, the shortest edge
+        edges = {min(level.shape[1:]) for level in levels}  # of a processor that does not crop, the shortest edge
+        size = edges.pop() if len(edges) == 1 else None  # two: images keep their own size
     if mean is None or std is None:
         # (x - mean) / std at x = 0 and x = 1
-        mean, std = ([round(float(v), 6) for v in values] for values in (-black / (white - black), 1 / (white - black)))
-    return ImageSettings(size, mean, std, _geometry(processor, size))
+        # six digits, since the processor works in float32; + 0.0 turns -0.0 into 0.0
+        mean, std = (
+            [float(f"{value:.6g}") + 0.0 for value in values]
+            for values in (-black / (white - black), 1 / (white - black))
+        )
+    return ImageSettings(size, mean, std, None if size is None else _geometry(processor, size))
 
 
 def _geometry(processor: Any, side: int) -> dict[str, Any] | None:

@@ -319,6 +319,43 @@ def test_the_defense_sees_what_the_classifier_s_own_processor_shows(name, proces
     torch.testing.assert_close(seen / scale, expected.float() / scale, atol=1e-4, rtol=0)
 
 
+def small_resnet(folder, processor):
+    """A classifier as it is loaded, with its processor beside it; its configuration tells no size."""
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=2)
+    ResNetForImageClassification(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return ResNetForImageClassification.from_pretrained(folder).eval()
+
+
+def test_a_processor_that_keeps_the_size_of_images_tells_none(purifier, tmp_path):
+    classifier = small_resnet(tmp_path, ViTImageProcessorPil(do_resize=False))
+    with pytest.warns(UserWarning, match="does not say which image size.*the purifier's, 16x16"):
+        model = NIMPurifiedImageClassification.from_parts(purifier, classifier)
+    assert (model.config.image_size, model.config.classifier_image_size) == (16, None)
+    assert model.config.classifier_image_mean == pytest.approx([0.5] * 3)  # the rest is known
+
+
+def test_levels_that_stay_in_0_to_255_have_six_digits(purifier, tmp_path):
+    processor = ViTImageProcessorPil(size={"height": 16, "width": 16}, do_rescale=False, do_normalize=False)
+    model = NIMPurifiedImageClassification.from_parts(purifier, small_resnet(tmp_path, processor))
+    assert model.config.classifier_image_mean == [0] * 3
+    assert model.config.classifier_image_std == pytest.approx([1 / 255] * 3, rel=1e-6)
+    levels = model.prepare_for_classifier(torch.zeros(1, 3, 16, 16))
+    expected = 255 * torch.tensor(model.config.image_mean).view(1, 3, 1, 1).expand(1, 3, 16, 16)
+    torch.testing.assert_close(levels, expected, atol=1e-4, rtol=0)
+
+
+def test_the_configuration_asks_for_hidden_states_and_attentions_too(model, pixel_values, tmp_path):
+    model.save_pretrained(tmp_path)
+    fields = {"output_hidden_states": True, "output_attentions": True, "attn_implementation": "eager"}
+    asked = NIMPurifiedImageClassification.from_pretrained(tmp_path, **fields)
+    depth = model.config.classifier_config.num_hidden_layers
+    output = asked(pixel_values)
+    assert (len(output.hidden_states), len(output.attentions)) == (depth + 1, depth)
+    assert asked(pixel_values, output_hidden_states=False).hidden_states is None
+    assert model(pixel_values).hidden_states is None
+
+
 def test_a_classifier_that_does_not_tell_its_size_is_taken_with_a_warning(purifier, pixel_values):
     resnet = ResNetForImageClassification(
         ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=2)
