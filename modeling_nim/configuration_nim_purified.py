@@ -5,9 +5,10 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .checks_nim import check_normalization
+from .checks_nim import MAX_SIDE_PIXELS, check_normalization
 from .configuration_nim import NIMClassifierConfig, NIMConfig
 from .families_nim import CLASSIFIERS, PURIFIERS
+from .loading_nim import LoadedConfigMixin
 from .noise_nim import parse_sigma
 
 
@@ -15,7 +16,7 @@ MAX_VOTES = 100_000  # draws of one answer; more change nothing that could be me
 
 
 @strict
-class NIMPurifiedConfig(PreTrainedConfig):
+class NIMPurifiedConfig(LoadedConfigMixin, PreTrainedConfig):
     r"""
     Configuration of [`NIMPurifiedImageClassification`] (Eq. 9): a purifier, a classifier, and how the noise is drawn.
 
@@ -57,6 +58,11 @@ class NIMPurifiedConfig(PreTrainedConfig):
             raise ValueError(f"num_votes must be at least 1 and at most {MAX_VOTES}, got {self.num_votes}")
         self.purifier_config = _sub_config(self.purifier_config, NIMConfig)
         self.classifier_config = _sub_config(self.classifier_config, NIMClassifierConfig)
+        if not hasattr(self.purifier_config, "adds_noise"):
+            raise ValueError(
+                f"purifier_config is of a {self.purifier_config.model_type!r} model, which cannot purify; give that of "
+                f"a pre-trained one ({', '.join(PURIFIERS)})"
+            )
         smallest = self.purifier_config.image_size
         self.image_size = smallest if self.image_size is None else self.image_size
         if self.image_size < smallest:
@@ -64,8 +70,10 @@ class NIMPurifiedConfig(PreTrainedConfig):
                 f"image_size {self.image_size} is below the purifier's {smallest}: the purifier covers larger images "
                 "in tiles but cannot shrink; give it at least its own size"
             )
-        if self.classifier_image_size is not None and self.classifier_image_size < 1:
-            raise ValueError(f"classifier_image_size must be at least 1, got {self.classifier_image_size}")
+        for name in ("image_size", "classifier_image_size"):
+            side = getattr(self, name)
+            if side is not None and not 1 <= side <= MAX_SIDE_PIXELS:
+                raise ValueError(f"{name} must be at least 1 and at most {MAX_SIDE_PIXELS} pixels, got {side}")
         check_normalization(
             "classifier_image_",
             self.classifier_image_mean if self.classifier_image_mean is not None else self.image_mean,
@@ -82,6 +90,14 @@ class NIMPurifiedConfig(PreTrainedConfig):
             # one without trust_remote_code.
             kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As transformers'; ValueError where a part has no configuration."""
+        for part in ("purifier_config", "classifier_config"):
+            if config_dict.get(part) is None:
+                raise ValueError(f"config.json of a purified model has no {part}: write it again with save_pretrained")
+        return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """Adds the name of the pipeline with sigma, votes and purified image, for users without this package."""

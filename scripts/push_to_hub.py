@@ -31,7 +31,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hub_results import results_yaml
 from modeling_nim import MODELS
-from modeling_nim.runs.errors import naming_damaged_files, run_main
+from modeling_nim.loading_nim import naming_damaged_files
+from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.files import write_text
 from modeling_nim.runs.models import ModelKind, load_model, load_processor
 from modeling_nim.runs.recipe import read_recipe

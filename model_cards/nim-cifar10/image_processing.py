@@ -1,6 +1,9 @@
 """The image processor that is saved beside every model, and the one conversion of image files to 8-bit RGB."""
 
+import json
+import math
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +13,8 @@ import numpy as np
 from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, PreTrainedConfig
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from .checks_nim import MAX_SIDE_PIXELS
 
 
 BICUBIC = 3
@@ -149,6 +154,54 @@ def _geometry(processor: Any, side: int) -> dict[str, Any] | None:
     if crop_share:
         shortest_edge = int(shortest_edge / crop_share)
     return geometry | {"size": {"shortest_edge": shortest_edge}, "do_center_crop": True, "crop_size": square}
+
+
+def check_processor(processor: Any, where: str = "the image processor") -> None:
+    """Raises ValueError for sizes that no image has, or that take all memory, and numbers that make no pixel values.
+
+    `processor` is an image processor or the fields of its file, `where` names it. A field that it has not is not asked
+    for.
+    """
+    fields = processor if isinstance(processor, Mapping) else getattr(processor, "__dict__", {})
+    for name in ("size", "crop_size"):
+        if (size := fields.get(name)) is None:
+            continue
+        try:
+            size = {key: side for key, side in dict(size).items() if not key.endswith("_pixels")}
+            sides = list(size.values())
+        except (TypeError, ValueError):  # no mapping
+            sides = [size]
+        if not all(side is None or (type(side) is int and 1 <= side <= MAX_SIDE_PIXELS) for side in sides):
+            raise ValueError(
+                f"{where}: {name} must be whole numbers of pixels from 1 to {MAX_SIDE_PIXELS}, got {size}; write it "
+                "again with image_processor_for(model.config).save_pretrained(DIRECTORY)"
+            )
+    for name, lowest in (("image_mean", -math.inf), ("image_std", 0), ("rescale_factor", 0)):
+        numbers = fields.get(name)
+        numbers = numbers if isinstance(numbers, (list, tuple)) else [] if numbers is None else [numbers]
+        if not all(
+            isinstance(number, (int, float)) and math.isfinite(number) and number > lowest for number in numbers
+        ):
+            raise ValueError(
+                f"{where}: {name} must be finite numbers{' above 0' if lowest == 0 else ''}, got {fields[name]!r}"
+            )
+
+
+def check_processor_file(folder: str | os.PathLike | None) -> None:
+    """ValueError where a model directory's preprocessor_config.json is damaged: transformers names it not."""
+    path = os.path.join(folder or "", "preprocessor_config.json")
+    if folder is None or not os.path.isfile(path):
+        return
+    try:
+        with open(path, encoding="utf-8") as file:
+            fields = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path!r} is no JSON ({error}); make or download it again, or delete it") from None
+    if not isinstance(fields, dict) or not isinstance(fields.get("image_processor_type", ""), str):
+        raise ValueError(
+            f"{path!r} must be a mapping with a text image_processor_type, got {str(fields)[:100]}; make or download "
+            "it again, or delete it"
+        )
 
 
 class ImageProcessorMixin:

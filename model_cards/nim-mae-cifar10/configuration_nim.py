@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import BeitConfig, PreTrainedConfig, ViTMAEConfig
 
 from .checks_nim import check_degradation, check_patch_embedding, check_sizes, check_tiles
+from .loading_nim import LoadedConfigMixin
 from .noise_nim import parse_sigma
 
 
@@ -79,7 +80,7 @@ class DegradationMixin:
 
 
 @strict
-class NIMConfig(DegradationMixin, ViTMAEConfig):
+class NIMConfig(LoadedConfigMixin, DegradationMixin, ViTMAEConfig):
     r"""
     Configuration of [`NIMModel`] and [`NIMForPreTraining`]: ViT-MAE's, with the degradation made a choice.
 
@@ -153,7 +154,7 @@ class NIMConfig(DegradationMixin, ViTMAEConfig):
 
 
 @strict
-class NIMClassifierConfig(PreTrainedConfig):
+class NIMClassifierConfig(LoadedConfigMixin, PreTrainedConfig):
     r"""
     Configuration of [`NIMForImageClassification`]: the encoder's fields of [`NIMConfig`] (`patch_embedding` too), and
 
@@ -235,7 +236,7 @@ def _fix_simmim_fields(config: BeitConfig, fields: dict[str, bool], kwargs: dict
 
 
 @strict
-class NIMSimMIMConfig(DegradationMixin, BeitConfig):
+class NIMSimMIMConfig(LoadedConfigMixin, DegradationMixin, BeitConfig):
     r"""
     Configuration of [`NIMSimMIMForPreTraining`]: SimMIM's ViT on BEiT's, and the degradation made a choice. One table
     of relative positions is shared by all layers, there are no absolute positions, and the keys have no bias.
@@ -304,7 +305,7 @@ class NIMSimMIMConfig(DegradationMixin, BeitConfig):
 
 
 @strict
-class NIMSimMIMClassifierConfig(BeitConfig):
+class NIMSimMIMClassifierConfig(LoadedConfigMixin, BeitConfig):
     r"""
     Configuration of [`NIMSimMIMForImageClassification`]: as [`NIMSimMIMConfig`], with a table of relative positions in
     every layer and mean pooling; `drop_path_rate` (defaults to 0.1) is stochastic depth as in BEiT.

@@ -7,10 +7,14 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 
+MAX_SIDE_PIXELS = 16_384  # of images; a wrong size above it would take all memory before anything fails
+MAX_LAYERS = 1_000
+
 # Rules for numbers of a model: one that breaks its rule gives a model that fails later or computes wrong values.
 _RULES = (
-    (("num_hidden_layers", "intermediate_size", "decoder_intermediate_size"), "at least 1", lambda value: value >= 1),
-    (("decoder_num_hidden_layers",), "at least 0", lambda value: value >= 0),
+    (("intermediate_size", "decoder_intermediate_size", "num_channels"), "at least 1", lambda value: value >= 1),
+    (("num_hidden_layers",), f"at least 1 and at most {MAX_LAYERS}", lambda value: 1 <= value <= MAX_LAYERS),
+    (("decoder_num_hidden_layers",), f"at least 0 and at most {MAX_LAYERS}", lambda value: 0 <= value <= MAX_LAYERS),
     (("layer_norm_eps",), "above 0", lambda value: 0 < value < math.inf),
     (("initializer_range",), "at least 0 and finite", lambda value: 0 <= value < math.inf),
     (("hidden_dropout_prob", "attention_probs_dropout_prob"), "in 0..1", lambda value: 0 <= value <= 1),
@@ -30,6 +34,11 @@ def check_sizes(config: PreTrainedConfig) -> None:
         raise ValueError(
             f"image_size {image_size} and patch_size {patch_size}: both must be one number, and the image a multiple "
             "of the patch"
+        )
+    if image_size > MAX_SIDE_PIXELS:
+        raise ValueError(
+            f"image_size must be at most {MAX_SIDE_PIXELS} pixels, got {image_size}; a purifier takes larger images in "
+            "tiles of its own size"
         )
     for prefix in ("", "decoder_"):
         width, heads = (getattr(config, prefix + name, 1) for name in ("hidden_size", "num_attention_heads"))

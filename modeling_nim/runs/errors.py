@@ -5,19 +5,18 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from tqdm import tqdm
+
+from ..loading_nim import NO_MEMORY
 
 
 WAIT_FOR_THE_FIRST_S = 5.0
 # gloo's and NCCL's words; the process that ended first has the cause
 _PEER_IS_GONE = re.compile(r"Connection (closed|reset) by peer|remote process exited|Broken pipe")
 _PEER_HAS_ENDED = "another process of this run has ended; its own message says why"
-_NO_MEMORY = re.compile(r"can't allocate memory|out of memory")  # PyTorch's allocators' words
 
 
 def run_main(main: Callable[[], int | None]) -> None:
@@ -40,13 +39,13 @@ def run_main(main: Callable[[], int | None]) -> None:
 
 def _message(error: Exception) -> str | None:
     """The message for the user, in one line; None for an unexpected error."""
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MEMORY.search(str(error))):
         asked = re.search(r"allocate ([\d.]+ ?\w+)", str(error))
         return (
             f"the memory is not enough{f' for {asked[1]} more' if asked else ''}; lower the batch size "
             f"(optimization.batch_size, micro_batch), the image size or the model's"
         )
-    if isinstance(error, RuntimeError):
+    if isinstance(error, RuntimeError) and not isinstance(error, ValueError):
         return _PEER_HAS_ENDED if _PEER_IS_GONE.search(str(error)) else None
     # strict dataclasses wrap the message of a validator; the cause says what is wrong
     while isinstance(error, StrictDataclassError) and error.__cause__ is not None:
@@ -71,25 +70,3 @@ def _leave_it_to_the_first(always: bool = False) -> None:
     if always or int(os.environ.get("LOCAL_RANK", 0)) > 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(WAIT_FOR_THE_FIRST_S)
-
-
-@contextmanager
-def naming_damaged_files(path: str | os.PathLike) -> Iterator[None]:
-    """Names the model whose files are damaged or make no model; the errors of transformers are of many types."""
-    try:
-        yield
-    except (OSError, StrictDataclassError, MemoryError):  # these name the file or the field
-        raise
-    except SafetensorError as error:
-        raise ValueError(f"the weights in {str(path)!r} are damaged ({error}); make or download them again") from error
-    except Exception as error:
-        if isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)):
-            raise
-        if isinstance(error, ValueError) and str(path) in str(error):
-            raise
-        if isinstance(error, RuntimeError) and "mismatch" in str(error):
-            message = f"the weights in {str(path)!r} do not fit its config.json; was it edited by hand?"
-            raise ValueError(message) from None
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        words = " ".join(str(error).split())[:400]
-        raise ValueError(f"the files in {str(path)!r} make no model ({kind}{words}); were they edited?") from error

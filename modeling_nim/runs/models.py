@@ -18,8 +18,9 @@ from transformers import (
 )
 
 from ..families_nim import PURIFIERS
+from ..image_processing import check_processor
+from ..loading_nim import naming_damaged_files
 from ..modeling_nim_purified import NIMPurifiedImageClassification
-from .errors import naming_damaged_files
 
 
 # On a CPU, one core, forward and backward: SDPA in bf16 takes 60 times as long as plain products at 17 tokens, 4 times
@@ -155,7 +156,9 @@ def load_processor(path: str | os.PathLike, trust_remote_code: bool = False) -> 
     """The image processor that was saved with a model. Raises OSError or ValueError where there is none, or no whole
     one."""
     with naming_damaged_files(path):
-        return AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=trust_remote_code)
+        processor = AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=trust_remote_code)
+        check_processor(processor)
+    return processor
 
 
 def load_purifier(

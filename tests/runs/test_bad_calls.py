@@ -48,7 +48,7 @@ HALVES = [0.5] * 3
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"classifier_image_size": -3}, "classifier_image_size must be at least 1, got -3"),
+        ({"classifier_image_size": -3}, "classifier_image_size must be at least 1 and at most 16384 pixels, got -3"),
         ({"classifier_image_mean": [0.5], "classifier_image_std": HALVES}, "one number for each channel"),
         ({"classifier_image_mean": HALVES, "classifier_image_std": [0.0, 1.0, 1.0]}, "deviations above 0"),
         ({"classifier_image_mean": [float("nan")] * 3, "classifier_image_std": HALVES}, "one number for each channel"),

@@ -172,8 +172,16 @@ CONVERT = "convert_checkpoint --source nim-mae --output_dir INPUTS/out --checkpo
         ("run_pretrain INPUTS/pretrain.yaml model.config.hidden_dropout_prob=2", ["hidden_dropout_prob", "0..1", "2"]),
         ("run_pretrain INPUTS/pretrain.yaml model.config.image_mean=[.nan,0.0,0.0]", ["image_mean [nan", "one number"]),
         (
+            "run_pretrain INPUTS/pretrain.yaml model.config.intermediate_size=100000000000",
+            ["memory is not enough for 12800", "lower"],
+        ),
+        (
             "run_pretrain INPUTS/pretrain.yaml model.config.image_size=1000000",
-            ["memory is not enough for 2000", "lower"],
+            ["image_size must be at most 16384 pixels, got 1000000"],
+        ),
+        (
+            "run_pretrain INPUTS/pretrain.yaml model.config.num_hidden_layers=1000000000",
+            ["num_hidden_layers must be at least 1 and at most 1000, got 1000000000"],
         ),
         ("run_pretrain INPUTS/pretrain.yaml model.config.id2label=3", ["'model.config.id2label' is not for"]),
         ("run_pretrain INPUTS/pretrain.yaml model.config.dtype=float8", ["'model.config.dtype' is not for"]),

@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 from conftest import TINY, TINY_DECODER
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageClassification, pipeline
 
 from modeling_nim import (
     NIMClassifierConfig,
@@ -143,3 +145,129 @@ def test_weights_of_another_width_are_refused(saved):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"hidden_size": 64}))
     with pytest.raises(ValueError, match="do not fit its config.json"):
         load_model(saved[0] / "classifier", CLASSIFIER)
+
+
+def written(name, content):
+    """Damage: a file of other content, bytes as they are, or some fields of its JSON changed (None: taken out)."""
+
+    def damage(folder):
+        new = content
+        if isinstance(content, dict):
+            fields = json.loads((folder / name).read_text()) | content
+            new = json.dumps({key: value for key, value in fields.items() if value is not None}).encode()
+        (folder / name).write_bytes(new)
+
+    return damage
+
+
+def without_half_of_the_weights(folder):
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:20_000])
+
+
+def with_one_weight_of_another_shape(folder):
+    weights = load_file(folder / WEIGHTS)
+    name = next(key for key in sorted(weights) if key.endswith("layernorm_before.weight"))
+    save_file(weights | {name: torch.ones(7)}, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def with_a_damaged_index(folder):
+    (folder / WEIGHTS).unlink()
+    (folder / "model.safetensors.index.json").write_text("[]")
+
+
+def with_a_pickle(folder):
+    (folder / WEIGHTS).unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n.")
+
+
+WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
+DAMAGED = [
+    (written(WEIGHTS, b""), r"the weights in '.*composed' are damaged \(.*\); make or download them again"),
+    (written(WEIGHTS, b"garbage" * 9), r"the weights in '.*composed' are damaged"),
+    (written(WEIGHTS, b"version https://git-lfs.github.com/spec/v1\n"), r"the weights in '.*composed' are damaged"),
+    (without_half_of_the_weights, r"the weights in '.*composed' are damaged"),
+    (with_one_weight_of_another_shape, r"the weights in '.*composed' do not fit its config.json"),
+    (with_a_damaged_index, r"the files in '.*composed' make no model \(TypeError"),
+    (with_a_pickle, r"the files in '.*composed' make no model \(UnpicklingError"),
+    (written(CONFIG, {"purifier_config": None}), "has no purifier_config: write it again with save_pretrained"),
+    (written(CONFIG, {"classifier_config": None}), "has no classifier_config: write it again"),
+    (
+        written(CONFIG, {"classifier_config": [1]}),
+        r"config.json of '.*composed': .*'classifier_config' with value \[1\]",
+    ),
+    (written(CONFIG, {"classifier_config": {"model_type": [1]}}), r"'.*composed' make no model \(TypeError"),
+    (written(CONFIG, {"classifier_config": {"id2label": 5}}), r"'.*composed' make no model \(AttributeError"),
+    (written(CONFIG, {"purifier_config": {"model_type": "nim_classifier"}}), "which cannot purify; give that of"),
+    (written(CONFIG, {"num_votes": 2.5}), r"config.json of '.*composed': .*'num_votes' expected int, got float"),
+    (written(CONFIG, {"dtype": "float7"}), r"'.*composed' make no model \(AttributeError: .*float7"),
+    (written(CONFIG, {"num_labels": "x"}), r"'.*composed' make no model \(TypeError"),
+    (written(CONFIG, {"image_size": 10**6}), "image_size must be at least 1 and at most 16384 pixels, got 1000000"),
+    (written(CONFIG, {"classifier_image_size": 10**6}), "classifier_image_size must be .* got 1000000"),
+    (written(PROCESSOR, b""), r"preprocessor_config.json' is no JSON"),
+    (written(PROCESSOR, b"[]"), r"preprocessor_config.json' must be a mapping .*, got \[\]"),
+    (written(PROCESSOR, b"\xff\xfe"), r"preprocessor_config.json' is no JSON .*delete it"),
+    (
+        written(PROCESSOR, {"image_processor_type": 5}),
+        r"preprocessor_config.json' must be a mapping with a text image_processor_type",
+    ),
+]
+
+
+@pytest.mark.parametrize("damage, words", DAMAGED)
+def test_damaged_files_are_named_by_transformers_own_entries(saved, damage, words):
+    folder = saved[0] / "composed"
+    damage(folder)
+    for load in (
+        NIMPurifiedImageClassification.from_pretrained,
+        AutoModelForImageClassification.from_pretrained,
+        lambda path: pipeline("image-classification", model=path),
+    ):
+        with pytest.raises((ValueError, OSError), match=words):
+            load(str(folder))
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"[]", r"config.json of '.*' must hold a mapping of fields, got list; download it again"),
+        (b'"nim"', "must hold a mapping of fields, got str"),
+        (b"null", r"make no model \(TypeError"),
+        (b"3", r"make no model \(TypeError"),
+        (b"[" * 100_000, r"make no model \(RecursionError"),
+        (b"{}", "has no config.json, or one without fields; name the directory of a model"),
+        (None, "has no config.json"),
+    ],
+)
+@pytest.mark.parametrize("name", ["purifier", "classifier", "composed"])
+def test_a_configuration_that_is_none_is_named_by_every_class(saved, name, content, words):
+    folder, models = saved
+    (folder / name / CONFIG).unlink()
+    if content is not None:
+        (folder / name / CONFIG).write_bytes(content)
+    for owner in (type(models[name]), type(models[name]).config_class):
+        with pytest.raises((ValueError, OSError), match=words):
+            owner.from_pretrained(folder / name)
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"size": {"height": 10**6, "width": 10**6}}, "size must be whole numbers of pixels from 1 to 16384, got"),
+        ({"size": {"shortest_edge": 10**6}}, "size must be whole numbers .* 1000000"),
+        ({"size": {"height": 16.5, "width": 16.5}}, r"size must be whole numbers .* 16\.5"),
+        ({"size": {"height": -5, "width": 5}}, "size must be whole numbers .* -5"),
+        ({"do_center_crop": True, "crop_size": {"height": 10**6, "width": 10**6}}, "crop_size must be .* 1000000"),
+        ({"image_std": [0, 0, 0]}, r"image_std must be finite numbers above 0, got .0, 0, 0"),
+        ({"image_mean": [float("nan")] * 3}, "image_mean must be finite numbers, got .nan"),
+        ({"rescale_factor": "x"}, "rescale_factor must be finite numbers above 0, got 'x'"),
+    ],
+)
+def test_an_image_processor_that_makes_no_pixel_values_is_refused(saved, fields, words):
+    folder = str(saved[0] / "composed")
+    written(PROCESSOR, fields)(saved[0] / "composed")
+    for load in (
+        lambda: pipeline("image-classification", model=folder)(Image.new("RGB", (32, 32))),
+        lambda: attacked(folder),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load()
