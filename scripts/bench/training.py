@@ -47,7 +47,8 @@ def stages(attention: str) -> dict[str, tuple[nn.Module, Callable[[nn.Module, to
     purified = NIMPurifiedImageClassification.from_parts(denoiser, classifier, sigma=30)
 
     def harden(model: nn.Module, pixel_values: torch.Tensor, labels: torch.Tensor) -> None:
-        attacked = pixel_values + torch.zeros_like(pixel_values, requires_grad=True)  # no leaf: the counter knows none
+        # FlopCounterMode fails on an input that itself requires a gradient, so the input is a sum that does
+        attacked = pixel_values + torch.zeros_like(pixel_values, requires_grad=True)
         (gradient,) = torch.autograd.grad(model(attacked, labels=labels).loss, attacked)
         model((attacked + gradient.sign() * 8 / 255).detach(), labels=labels).loss.backward()
 
