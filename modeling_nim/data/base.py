@@ -107,6 +107,11 @@ class ImageSource:
         """The image as it is stored, encoded bytes or (H, W, 3) uint8 pixels, and its label."""
         raise NotImplementedError
 
+    def label(self, index: int) -> int:
+        """The label alone, without reading the image where the source has all `labels`."""
+        labels = getattr(self, "labels", None)
+        return self.stored(index)[1] if labels is None else int(labels[index])
+
     def image_id(self, index: int) -> str:
         raise NotImplementedError
 

@@ -96,6 +96,9 @@ class SubsetSource(ImageSource):
     def stored(self, index):
         return self.source.stored(int(self.indices[index]))
 
+    def label(self, index):
+        return self.source.label(int(self.indices[index]))
+
     def image_id(self, index):
         return self.source.image_id(int(self.indices[index]))
 

@@ -215,8 +215,9 @@ class CertificationRun:
         settings = run_settings(self.recipe, accelerator.device, models=self.models, data=self.images.fingerprint)
         settings["recipe"].pop("radii")  # only the table depends on it
         units = plan_units([self.num_images] * len(self.targets), batch_size=1)
+        known = (self._identities, lambda unit: self.images.labels_at(range(unit.start, unit.stop)))
         return RecordFile(
-            self.recipe.output_dir, settings, units, accelerator, self._identities, Certificate, name="certificates"
+            self.recipe.output_dir, settings, units, accelerator, *known, Certificate, name="certificates"
         )
 
     def _identities(self, unit: Unit) -> list[tuple]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..data import ImageSource, evaluation_batch
+from ..image_processing import check_processor
 from .draws import evaluation_order
 
 
@@ -18,6 +19,8 @@ class SourceImages:
 
     def __init__(self, source: ImageSource, processors: Sequence[Any], device: torch.device | str):
         self.source, self.processors, self.device = source, list(processors), device
+        for processor in self.processors:
+            check_processor(processor)
         self.order = evaluation_order([source.image_id(index) for index in range(len(source))])
         self.class_names, self.fingerprint = list(source.class_names), source.fingerprint
         # an image without a known class count may belong to a model that knows more
@@ -30,12 +33,15 @@ class SourceImages:
         """Ids of the images at these places of the order of evaluation."""
         return [self.source.image_id(self.order[position]) for position in positions]
 
+    def labels_at(self, positions: range) -> list[int]:
+        """Their labels, which are known without the images."""
+        return [self.source.label(self.order[position]) for position in positions]
+
     def batch(self, target: int, positions: range) -> Batch:
         """Those images as the processor of a target makes them, `(B, 3, H, W)` in [0, 1], with labels and ids."""
         indices = [self.order[position] for position in positions]
         images_01 = evaluation_batch(self.source, indices, self.processors[target]).to(self.device)  # (B, 3, H, W)
-        labels = torch.tensor([self.source.stored(index)[1] for index in indices], device=self.device)
-        return images_01, labels, self.image_ids(positions)
+        return images_01, torch.tensor(self.labels_at(positions), device=self.device), self.image_ids(positions)
 
 
 class RowsSource(ImageSource):
@@ -111,6 +117,9 @@ class TensorImages:
 
     def image_ids(self, positions: range) -> list[str]:
         return [self.ids[self.order[position]] for position in positions]
+
+    def labels_at(self, positions: range) -> list[int]:
+        return [int(self.labels[self.order[position]]) for position in positions]
 
     def batch(self, target: int, positions: range) -> Batch:
         indices = [self.order[position] for position in positions]

@@ -64,13 +64,14 @@ class RecordFile:
         units: list[Unit],
         accelerator: Accelerator,
         identities: Callable[[Unit], list[tuple]],
+        labels: Callable[[Unit], list[int]],
         record_type: type[Record] | type[Certificate] = Record,
         name: str = "records",
     ):
         self.directory = Path(directory)
         self.path, self.clock_path = self.directory / f"{name}.jsonl", self.directory / "seconds.jsonl"
         self.units, self.accelerator = units, accelerator
-        self.identities, self.record_type = identities, record_type
+        self.identities, self.labels, self.record_type = identities, labels, record_type
         self.settings = json.loads(json.dumps(settings))
         self.done = on_main_process(accelerator, self._open)
 
@@ -97,12 +98,27 @@ class RecordFile:
         if lines and not lines[-1].endswith(b"\n"):
             lines.pop()
         done, kept = self._complete(lines)
+        if done == len(self.units):
+            self._check_hash()
         write_bytes(self.path, b"".join(lines[:kept]))
         if self.clock_path.exists():
             write_bytes(
                 self.clock_path, b"".join(_readable(self.clock_path.read_bytes().splitlines(keepends=True)[:done]))
             )
         return done
+
+    def _check_hash(self) -> None:
+        """ValueError where a summary in the directory was made of other lines than there are."""
+        for summary in (self.directory / name for name in ("summary.json", "certified.json")):
+            try:
+                stated = json.loads(summary.read_bytes())["provenance"]["records_sha256"]
+            except (OSError, ValueError, TypeError, KeyError):
+                continue  # none, or one that is written anew
+            if stated != self.sha256:
+                raise ValueError(
+                    f"{self.path} was changed after {summary.name} was made of it (its SHA-256 is no longer "
+                    f"{stated}): put the old file back; or choose another output_dir, or delete it to start again"
+                )
 
     def _stored_settings(self, run_file: Path) -> dict[str, Any]:
         try:
@@ -118,8 +134,9 @@ class RecordFile:
         kept = 0
         for done, unit in enumerate(self.units):
             identities = self.identities(unit)
-            for number, (line, identity) in enumerate(zip(lines[kept:], identities, strict=False), start=kept + 1):
-                self._check_line(number, line, identity)
+            expected = zip(lines[kept:], identities, self.labels(unit), strict=False)
+            for number, (line, identity, label) in enumerate(expected, start=kept + 1):
+                self._check_line(number, line, identity, label)
             if kept + len(identities) > len(lines):
                 return done, kept
             kept += len(identities)
@@ -127,17 +144,19 @@ class RecordFile:
             raise ValueError(self._refusal(kept + 1, "is one too many: every image has its record already"))
         return len(self.units), kept
 
-    def _check_line(self, number: int, line: bytes, identity: tuple) -> None:
+    def _check_line(self, number: int, line: bytes, identity: tuple, label: int) -> None:
         try:
-            found = self.record_type.from_json(json.loads(line)).identity
+            record = self.record_type.from_json(json.loads(line))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(self._refusal(number, f"is broken ({error})")) from None
-        if found != identity:
+        if record.identity != identity:
             raise ValueError(
                 self._refusal(
-                    number, f"is the record of {found}, where that of {identity} belongs: missing, or doubled"
+                    number, f"is the record of {record.identity}, where that of {identity} belongs: missing, or doubled"
                 )
             )
+        if record.label != label:
+            raise ValueError(self._refusal(number, f"has label {record.label}, its image in the data has {label}"))
 
     def _refusal(self, number: int, what: str) -> str:
         return (

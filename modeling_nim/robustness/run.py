@@ -99,13 +99,16 @@ class AttackRun:
         }
         settings = run_settings(recipe, accelerator.device, models=models, data=self.images.fingerprint)
         units = plan_units([job.num_images for job in self.jobs], batch_size)
-        records = RecordFile(recipe.output_dir, settings, units, accelerator, self._identities)
+        records = RecordFile(recipe.output_dir, settings, units, accelerator, self._identities, self._labels)
         self._remember(records.read())
         return records
 
     def _identities(self, unit: Unit) -> list[tuple]:
         job = self.jobs[unit.job]
         return [(*self.group(job), job.seed, name) for name in self.images.image_ids(range(unit.start, unit.stop))]
+
+    def _labels(self, unit: Unit) -> list[int]:
+        return self.images.labels_at(range(unit.start, unit.stop))
 
     def group(self, job: Job) -> tuple:
         """`Record.group` of the job's records."""

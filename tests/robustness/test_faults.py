@@ -349,6 +349,35 @@ def test_two_evaluations_at_once_and_one_that_was_killed(tmp_path):
     assert len(set(identities)) == len(identities) == 40
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_an_edited_record_is_refused_whether_its_run_has_ended_or_not(finished, tmp_path):
+    evaluated(tmp_path)
+    records, summary = tmp_path / "records.jsonl", (tmp_path / "summary.json").read_bytes()
+    whole = records.read_bytes()
+    lines = whole.decode().splitlines()
+    first = json.loads(lines[0])
+    if not finished:
+        (tmp_path / "summary.json").unlink()
+        lines.pop()
+    for key, other in (("label", (first["label"] + 1) % 10), ("loss", 7.5)):
+        records.write_text("\n".join([json.dumps(first | {key: other}), *lines[1:]]) + "\n")
+        if key == "label":
+            with pytest.raises(
+                ValueError, match=f"line 1 has label {other}, its image in the data has {first['label']}"
+            ):
+                evaluated(tmp_path)
+        elif finished:
+            with pytest.raises(ValueError, match="was changed after summary.json was made of it"):
+                evaluated(tmp_path)
+    records.write_text("\n".join(lines) + "\n")  # as it was, the run goes on
+    evaluated(tmp_path)
+    assert records.read_bytes() == whole
+    assert (
+        json.loads(summary)["rows"][0]["accuracy"]
+        == json.loads((tmp_path / "summary.json").read_bytes())["rows"][0]["accuracy"]
+    )
+
+
 def test_numbers_in_yaml_are_held_to_the_same_bounds(tmp_path):
     from modeling_nim.robustness.recipes import AttackRunRecipe
     from modeling_nim.runs.recipe import load_recipe
