@@ -8,8 +8,6 @@ from functools import cache
 from numbers import Real
 from typing import Annotated, Any
 
-from ..checks_nim import MAX_SIDE_PIXELS
-
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
@@ -44,7 +42,7 @@ Seed = Annotated[int, Bounds(least=0, most=2**32 - 1, reason="numpy's seeds have
 Count = Annotated[int, Bounds(least=1, most=2**40)]
 Share = Annotated[float, Bounds(least=0, most=1)]
 Draws = Annotated[int, Bounds(least=1, most=100_000)]  # of noise; more change nothing that could be measured
-Pixels = Annotated[int, Bounds(least=1, most=MAX_SIDE_PIXELS)]  # on a side of an image
+Pixels = Annotated[int, Bounds(least=1, most=16_384)]  # on a side of an image, as `checks_nim.MAX_SIDE_PIXELS`
 Weight = Annotated[float, Bounds(least=0, most=1_000_000)]  # of a part of a loss
 
 

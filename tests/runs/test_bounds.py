@@ -7,6 +7,7 @@ import pytest
 import torch
 from training_runs import load_script
 
+from modeling_nim.checks_nim import MAX_SIDE_PIXELS
 from modeling_nim.data.base import DataRecipe
 from modeling_nim.noise_nim import parse_sigma
 from modeling_nim.robustness.certification import CertifyRecipe
@@ -16,7 +17,7 @@ from modeling_nim.robustness.recipes import (
     EvaluatedModelRecipe,
     ReconstructionRecipe,
 )
-from modeling_nim.runs.bounds import Bounds, parts_of
+from modeling_nim.runs.bounds import Bounds, Pixels, parts_of
 from modeling_nim.runs.recipe import build_dataclass
 from modeling_nim.training.models import ModelRecipe
 from modeling_nim.training.optimization import OptimizationRecipe
@@ -123,3 +124,7 @@ def test_sigmas_in_use_are_taken():
     for sigma in (0, 30.0, "75", "uniform(0, 140)", "gamma(25, 3)", 1000):
         assert parse_sigma(sigma).mean <= 1000
     assert torch.isfinite(torch.tensor(parse_sigma(1000).mean, dtype=torch.float16))
+
+
+def test_recipes_and_configurations_take_the_same_sides():
+    assert Pixels.__metadata__[0].most == MAX_SIDE_PIXELS
