@@ -24,6 +24,7 @@ class AdversaryRecipe:
     - `trains`: with `images: denoised`, which parts learn; the gradients pass through the other one.
     - `targets: labels`, or `clean_answer`: what the classifier says of the clean image, for a frozen one (AToP, Lin et
       al. 2024, and the stability objective of Salman et al. 2020).
+    - The cross-entropy counts `classification_weight` times.
     - `reconstruction_weight` times the mean squared error between purified and clean image, both normalized, is added.
     """
 
@@ -37,6 +38,7 @@ class AdversaryRecipe:
     trains: Literal["classifier", "purifier", "both"] = "classifier"
     # what is learned: labels, or what the classifier says of the clean image
     targets: Literal["labels", "clean_answer"] = "labels"
+    classification_weight: Weight = 1.0  # of the cross-entropy to what is learned
     # of the squared error between purified and clean image
     reconstruction_weight: Weight = 0.0
 

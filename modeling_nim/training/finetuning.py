@@ -15,7 +15,7 @@ from ..data.augment import augment
 from ..data.loader import to_images_01
 from ..data.randomness import generators, image_seeds
 from ..noise_nim import add_noise, draw_by_image, noise_samplers
-from ..runs.bounds import Weight, check_fields
+from ..runs.bounds import Weight, check_fields, check_list
 from .adversary import adversarial_images, as_attacked
 from .consistency import consistent_cross_entropy
 
@@ -24,25 +24,29 @@ from .consistency import consistent_cross_entropy
 class FeatureLossRecipe:
     """The `feature_loss` section, for a purifier in front of a frozen classifier.
 
-    `weight` times the squared error of what the classifier's last linear layer gets, purified image against clean one,
-    as a share of the clean one's square (the stability of Salman et al. 2020, on features).
+    `weight` times the squared error of the classifier's features, purified image against clean one, as a share of the
+    clean one's square, summed over `layers` (the stability of Salman et al. 2020, on features).
     """
 
     # of the squared error of the classifier's features, purified against clean
     weight: Weight = 0.0
+    # names of the classifier's modules whose outputs are the features; null: what its last linear layer gets
+    layers: list[str] | None = None
 
     def __post_init__(self):
         check_fields(self, "feature_loss.")
+        if self.layers is not None:
+            check_list(self.layers, "feature_loss.layers")
 
 
 @dataclass
 class CleanImages:
     """Images before the attack `(B, 3, H, W)`, what is to be learned of them `(B, num_labels)`, and, for the feature
-    loss, the classifier's features `(B, D)`."""
+    loss, the classifier's features `(B, ...)` in each layer."""
 
     images_01: torch.Tensor
     targets: torch.Tensor
-    features: torch.Tensor | None = None
+    features: Sequence[torch.Tensor] = ()
 
 
 class Finetuning:
@@ -68,9 +72,9 @@ class Finetuning:
         self.trains_purifier = self.purified_model is not None and recipe.adversary.trains != "classifier"
         self.unwrapped = accelerator.unwrap_model(model)
         self.config = (self.purified_model or accelerator.unwrap_model(model, keep_torch_compile=False)).config
-        self.head = None
+        self.feature_layers: list[FeatureLayer] = []
         if recipe.feature_loss.weight:
-            self.head = find_head(purified_model.classifier)
+            self.feature_layers = find_layers(purified_model.classifier, recipe.feature_loss.layers)
 
     def train(self) -> None:
         """Training mode for what learns; what is frozen stays in evaluation mode."""
@@ -100,12 +104,12 @@ class Finetuning:
     def clean(self, images_01: torch.Tensor, targets: torch.Tensor) -> CleanImages:
         """The images with what is to be learned of them: `targets`, or what the frozen classifier says."""
         asks = self.recipe.adversary.targets == "clean_answer"
-        if not asks and self.head is None:
+        if not asks and not self.feature_layers:
             return CleanImages(images_01, targets)
-        with self.accelerator.autocast(), inputs_of(self.head) as features:
+        with self.accelerator.autocast(), features_of(self.feature_layers) as features:
             pixel_values = self.purified_model.prepare_for_classifier(self.normalize(images_01))
             logits = self.purified_model.classifier(pixel_values).logits
-        return CleanImages(images_01, logits.float().softmax(dim=-1) if asks else targets, *features)
+        return CleanImages(images_01, logits.float().softmax(dim=-1) if asks else targets, features)
 
     def draw(self, seeds: np.ndarray | Sequence[int]) -> dict[str, torch.Tensor]:
         """The degradation of one image for each seed; nothing where images are taken as they are."""
@@ -151,18 +155,16 @@ class Finetuning:
         if "sigma" in draws:  # all draws of an image at the sigma of its first
             draws["sigma"] = draws["sigma"][: len(images_01)].repeat(num_draws)
         pixel_values = self.normalize(images_01).repeat(num_draws, 1, 1, 1)  # (K * B, 3, H, W)
-        with inputs_of(self.head) as features:
+        with features_of(self.feature_layers) as features:
             logits, purified = self._answer(self.model, pixel_values, draws)
-        loss = consistent_cross_entropy(
+        loss = self.recipe.adversary.classification_weight * consistent_cross_entropy(
             logits.unflatten(0, (num_draws, -1)).transpose(0, 1), clean.targets, self.recipe.consistency
         )
         if weight := self.recipe.adversary.reconstruction_weight:
             target = self.normalize(clean.images_01).repeat(num_draws, 1, 1, 1)
             loss = loss + weight * (purified.float() - target).square().mean()
-        if weight := self.recipe.feature_loss.weight:
-            target = clean.features.float().repeat(num_draws, 1)  # (K * B, D)
-            errors = (features[0].float() - target).square().sum(dim=-1) / target.square().sum(dim=-1).clamp_min(1e-12)
-            loss = loss + weight * errors.mean()
+        for purified_features, clean_features in zip(features, clean.features, strict=True):
+            loss = loss + self.recipe.feature_loss.weight * feature_error(purified_features, clean_features)
         return loss
 
     def predict(self, model: nn.Module, images_01: torch.Tensor, indices: np.ndarray) -> torch.Tensor:
@@ -194,27 +196,62 @@ class Finetuning:
         return model(pixel_values).logits, None
 
 
-def find_head(classifier: nn.Module) -> nn.Linear:
-    """The last linear layer that gives one number for each class; ValueError without any."""
+@dataclass
+class FeatureLayer:
+    """A module of the classifier whose output, or whose input, is a feature."""
+
+    module: nn.Module
+    takes_input: bool = False
+
+
+def find_layers(classifier: nn.Module, names: Sequence[str] | None) -> list[FeatureLayer]:
+    """The modules called `names`, or the last linear layer that gives one number for each class, whose input counts.
+
+    Raises ValueError for a name that the classifier does not have, or without such a linear layer.
+    """
+    modules = dict(classifier.named_modules())
+    if names is not None:
+        for name in names:
+            if name not in modules or not name:
+                raise ValueError(
+                    f"feature_loss.layers: {type(classifier).__name__} has no module {name!r}; it has, among others, "
+                    f"{', '.join(sorted(filter(None, modules), key=lambda known: (known.count('.'), known))[:12])}"
+                )
+        return [FeatureLayer(modules[name]) for name in names]
     num_labels = classifier.config.num_labels
-    heads = [m for m in classifier.modules() if isinstance(m, nn.Linear) and m.out_features == num_labels]
+    heads = [m for m in modules.values() if isinstance(m, nn.Linear) and m.out_features == num_labels]
     if not heads:
         raise ValueError(
             f"feature_loss needs a linear layer with {num_labels} outputs in {type(classifier).__name__} and finds "
-            "none; use adversary.targets=clean_answer alone"
+            "none; name modules in feature_loss.layers, or use adversary.targets=clean_answer alone"
         )
-    return heads[-1]
+    return [FeatureLayer(heads[-1], takes_input=True)]
 
 
 @contextmanager
-def inputs_of(module: nn.Module | None) -> Iterator[list[torch.Tensor]]:
-    """A list that gets what `module` is called with while the block runs; for None it stays empty."""
-    inputs: list[torch.Tensor] = []
-    if module is None:
-        yield inputs
-        return
-    handle = module.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+def features_of(layers: Sequence[FeatureLayer]) -> Iterator[list[torch.Tensor]]:
+    """A list that gets the features `(B, ...)` in the order in which they are computed while the block runs."""
+    features: list[torch.Tensor] = []
+
+    def keep(value: Any) -> None:
+        features.append(value if isinstance(value, torch.Tensor) else value[0])  # layers may return tuples
+
+    handles = [
+        layer.module.register_forward_pre_hook(lambda _, arguments: keep(arguments))
+        if layer.takes_input
+        else layer.module.register_forward_hook(lambda _, arguments, output: keep(output))
+        for layer in layers
+    ]
     try:
-        yield inputs
+        yield features
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def feature_error(features: torch.Tensor, clean_features: torch.Tensor) -> torch.Tensor:
+    """The mean over images of the squared error of `features` `(K * B, ...)` as a share of the square of
+    `clean_features` `(B, ...)`."""
+    target = clean_features.float().flatten(1).repeat(len(features) // len(clean_features), 1)
+    errors = (features.float().flatten(1) - target).square().sum(dim=-1)
+    return (errors / target.square().sum(dim=-1).clamp_min(1e-12)).mean()

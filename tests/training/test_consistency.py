@@ -8,7 +8,7 @@ from training_runs import FINETUNE, PRETRAIN, losses, run
 
 from modeling_nim import NIMClassifierConfig, NIMForImageClassification, NIMPurifiedImageClassification
 from modeling_nim.training.consistency import ConsistencyRecipe, consistent_cross_entropy
-from modeling_nim.training.finetuning import find_head, inputs_of
+from modeling_nim.training.finetuning import feature_error, features_of, find_layers
 from modeling_nim.training.optimization import soft_cross_entropy
 
 
@@ -57,20 +57,40 @@ def test_selection_of_draws(probabilities, counted, divergence_counts):
     assert found.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_features_are_what_the_head_gets():
+def small_classifier():
     config = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    classifier = NIMForImageClassification(NIMClassifierConfig(**config, num_labels=5)).eval()
-    head = find_head(classifier)
-    assert head is classifier.classifier
-    with inputs_of(head) as features:
+    return NIMForImageClassification(NIMClassifierConfig(**config, num_labels=5)).eval()
+
+
+def test_features_are_what_the_head_gets():
+    classifier = small_classifier()
+    layers = find_layers(classifier, None)
+    assert [layer.module for layer in layers] == [classifier.classifier]
+    with features_of(layers) as features:
         logits = classifier(torch.randn(3, 3, 16, 16)).logits
     assert features[0].shape == (3, 32)
-    torch.testing.assert_close(head(features[0]), logits)
+    torch.testing.assert_close(classifier.classifier(features[0]), logits)
     classifier(torch.randn(1, 3, 16, 16))
     assert len(features) == 1  # nothing is taken outside the block
     classifier.classifier = torch.nn.Identity()
     with pytest.raises(ValueError, match="feature_loss needs a linear layer with 5 outputs in NIMForImageClass"):
-        find_head(classifier)
+        find_layers(classifier, None)
+
+
+def test_features_are_the_outputs_of_named_layers():
+    classifier = small_classifier()
+    with features_of(find_layers(classifier, ["fc_norm", "classifier"])) as features:
+        logits = classifier(torch.randn(3, 3, 16, 16)).logits
+    assert [tuple(feature.shape) for feature in features] == [(3, 32), (3, 5)]
+    torch.testing.assert_close(features[1], logits)
+    with pytest.raises(ValueError, match="NIMForImageClassification has no module 'blocks.3'; it has.* fc_norm"):
+        find_layers(classifier, ["fc_norm", "blocks.3"])
+
+
+def test_feature_error_is_a_share_of_the_clean_square():
+    clean = torch.tensor([[[3.0, 4.0]], [[0.0, 2.0]]])  # squares of 25 and 4
+    draws = torch.cat([clean, 2 * clean])  # the second draw is as far away as the clean feature is from 0
+    assert feature_error(clean, clean) == 0 and feature_error(draws, clean) == pytest.approx(0.5)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +131,14 @@ def test_feature_loss_brings_the_purified_features_to_the_clean_ones(denoised, t
     recipe = recipe_from(denoised, adversary=adversary, drop_path_rate=0.0)
     run("run_finetune", recipe, tmp_path / "without")
     run("run_finetune", recipe, tmp_path / "with", "feature_loss.weight=5")
-    first = {name: losses(tmp_path / name)[1] for name in ("without", "with")}
+    run(
+        "run_finetune", recipe, tmp_path / "layers", "feature_loss.weight=5", "feature_loss.layers=[classifier,fc_norm]"
+    )
+    silent = ("adversary.classification_weight=0", "feature_loss.weight=5")
+    run("run_finetune", recipe, tmp_path / "silent", *silent)
+    first = {name: losses(tmp_path / name)[1] for name in ("without", "with", "layers", "silent")}
+    assert first["silent"] == pytest.approx(first["with"] - first["without"], abs=1e-4)
+    assert abs(first["layers"] - first["with"]) > 1e-3
     model = NIMPurifiedImageClassification.from_pretrained(denoised)
     assert first["with"] - first["without"] > 5e-3  # a relative error, times 5
     assert not (tmp_path / "with" / "model.safetensors").exists() and model.config.sigma == 30
@@ -124,6 +151,7 @@ def test_feature_loss_brings_the_purified_features_to_the_clean_ones(denoised, t
         (["consistency.weight=10"], "set consistency.num_draws to 2 or more"),
         (["consistency.num_draws=2", "images=original"], "consistency.num_draws 2 are draws of the noise"),
         (["feature_loss.weight=1"], "feature_loss.weight 1.0 is for a purifier before a frozen classifier"),
+        (["feature_loss.layers=[]"], "feature_loss.layers is an empty list"),
         (["feature_loss.weight=-1"], "feature_loss.weight' must be at least 0 and at most 1000000, got -1"),
     ],
 )
