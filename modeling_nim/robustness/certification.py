@@ -45,6 +45,8 @@ class CertifyRecipe:
     num_selection_draws: Annotated[int, Bounds(least=1, most=2**31)] = 100  # n0 of Cohen et al.: they choose the class
     num_draws: Annotated[int, Bounds(least=1, most=2**31)] = 10_000  # n: they bound its probability
     alpha: Annotated[float, Bounds(above=0, below=0.5)] = 0.001  # probability that a certificate is wrong
+    # of the votes; the certificate is that of the classifier computed so
+    precision: Literal["float32", "bf16"] = "float32"
     micro_batch: Count = 256  # most rows of one forward pass: memory
     # L2 radii of the table, in [0, 1] pixels
     radii: list[Annotated[float, Bounds(least=0)]] = field(default_factory=lambda: [0.0, 0.1, 0.25, 0.5, 0.75, 1.0])
@@ -105,17 +107,19 @@ def _sees_the_noisy_image_alone(target: PurifiedTarget, images_01: torch.Tensor,
 
 @torch.no_grad()
 def count_votes(
-    target: Target, image_01: torch.Tensor, image_id: str, seed: int, draws: range, micro_batch: int
+    target: Target, image_01: torch.Tensor, image_id: str, draws: range, recipe: CertifyRecipe
 ) -> torch.Tensor:
-    """How often each class wins over numbered noise draws of one image `(3, H, W)`, `micro_batch` at a time.
+    """How often each class wins over numbered noise draws of one image `(3, H, W)`, `recipe.micro_batch` at a time.
 
     The draws are seeded one by one, so that the counts do not depend on the micro-batch.
     """
+    half = recipe.precision == "bf16"
     counts = None
-    for start in range(0, len(draws), micro_batch):
-        seeds = distinct_seeds(seed, image_id, CERTIFY, draws[start : start + micro_batch])
+    for start in range(0, len(draws), recipe.micro_batch):
+        seeds = distinct_seeds(recipe.seed, image_id, CERTIFY, draws[start : start + recipe.micro_batch])
         rows = image_01.expand(len(seeds), *image_01.shape)
-        logits = target.logits(rows, target.draw(seeds, image_01.shape))
+        with torch.autocast(image_01.device.type, torch.bfloat16, enabled=half):
+            logits = target.logits(rows, target.draw(seeds, image_01.shape))
         piece = logits.argmax(dim=-1).bincount(minlength=logits.shape[-1])
         counts = piece if counts is None else counts + piece
     return counts
@@ -128,9 +132,7 @@ def certify_image(
     num_selection = recipe.num_selection_draws
     # separate draws for the class and for its bound: shared ones would make the bound too high
     draws = range(num_selection), range(num_selection, num_selection + recipe.num_draws)
-    selection, estimation = (
-        count_votes(target, image_01, image_id, recipe.seed, part, recipe.micro_batch) for part in draws
-    )
+    selection, estimation = (count_votes(target, image_01, image_id, part, recipe) for part in draws)
     top = int(selection.argmax())
     count = int(estimation[top])
     radius = certified_radius(count, recipe.num_draws, sigma_255, recipe.alpha)

@@ -81,14 +81,30 @@ def _normal_quantile(p):
     return low
 
 
+def certify_recipe(**keys):
+    return CertifyRecipe("out", [EvaluatedModelRecipe("x", "x")], **keys)
+
+
 def test_votes_are_counted_over_named_draws_whatever_the_micro_batch():
-    draws = range(100, 600)
-    counts = [count_votes(LuckyTarget(), images(1)[0], "a", 0, draws, batch) for batch in (500, 64, 7)]
+    draws, recipe = range(100, 600), certify_recipe(micro_batch=64)
+    image = images(1)[0]
+    recipes = [certify_recipe(micro_batch=batch) for batch in (500, 64, 7)]
+    counts = [count_votes(LuckyTarget(), image, "a", draws, other) for other in recipes]
     assert counts[0].tolist() == counts[1].tolist() == counts[2].tolist()
     assert counts[0].sum() == 500 and abs(int(counts[0][0]) - 450) < 4 * math.sqrt(500 * 0.09)
-    parts = [count_votes(LuckyTarget(), images(1)[0], "a", 0, part, 64) for part in (range(100, 260), range(260, 600))]
+    parts = [count_votes(LuckyTarget(), image, "a", part, recipe) for part in (range(100, 260), range(260, 600))]
     assert (parts[0] + parts[1]).tolist() == counts[0].tolist()
-    assert count_votes(LuckyTarget(), images(1)[0], "b", 0, draws, 64).tolist() != counts[0].tolist()
+    assert count_votes(LuckyTarget(), image, "b", draws, recipe).tolist() != counts[0].tolist()
+
+
+def test_votes_are_computed_in_the_precision_that_the_recipe_names(purifier, classifier):
+    purifier.config.patch_statistics = "noisy"
+    target = PurifiedTarget("p", NIMPurifiedImageClassification.from_parts(purifier, classifier, sigma=30))
+    computed = []
+    target.model.classifier.classifier.register_forward_hook(lambda _, __, output: computed.append(output.dtype))
+    for precision in ("float32", "bf16"):
+        count_votes(target, torch.rand(3, 16, 16), "a", range(3), certify_recipe(precision=precision))
+    assert computed == [torch.float32, torch.bfloat16]
 
 
 def test_the_draws_of_a_certificate_are_all_different_to_a_generator_of_32_bits():
@@ -161,7 +177,7 @@ class ListedTarget(Target):
 def test_the_class_is_chosen_on_draws_that_do_not_bound_it(selected, bounding, top, count, prediction):
     seeds = distinct_seeds(0, "a", CERTIFY, range(25))
     target = ListedTarget(seeds[:selected] + seeds[5 : 5 + bounding])
-    recipe = CertifyRecipe("out", [EvaluatedModelRecipe("x", "x")], num_selection_draws=5, num_draws=20, alpha=0.01)
+    recipe = certify_recipe(num_selection_draws=5, num_draws=20, alpha=0.01)
     found = certify_image(target, 51.0, images(1)[0], 1, "a", recipe)
     assert (found.top_class, found.count, found.prediction) == (top, count, prediction)
     # 20 of 20: the bound is 0.01^(1/20), and sigma is 0.2
