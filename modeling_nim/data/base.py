@@ -63,7 +63,7 @@ class DataRecipe:
     shuffle_buffer: Annotated[int, Bounds(least=1, most=10_000_000)] = 10_000
     # images in the training split, for a stream that does not tell their number
     num_images: Count | None = None
-    on_bad_image: Literal["raise", "skip"] = "raise"  # what happens to a file that is no image
+    on_bad_image: Literal["raise", "skip"] = "raise"  # of a file that is no image; attacks refuse it
     num_workers: Annotated[int, Bounds(least=0, most=1024)] = 0  # processes that load images, per training process
 
     def __post_init__(self):

@@ -12,6 +12,9 @@ from .loader import ignore_stop_signals
 
 
 BAD_IMAGE_LABEL = -1
+LEAVE_OUT_NONE = (
+    "attacks and certificates leave out no image, with data.on_bad_image=skip either: take it away, or mend it"
+)
 
 
 def evaluation_batch(source: ImageSource, indices: Sequence[int], processor) -> torch.Tensor:
@@ -23,7 +26,7 @@ def evaluation_batch(source: ImageSource, indices: Sequence[int], processor) -> 
     try:
         images = [source[int(index)][0] for index in indices]
     except BadImageError as error:
-        raise BadImageError(f"{error}; attacks and certificates leave out no image: take it away, or mend it") from None
+        raise BadImageError(f"{error}; {LEAVE_OUT_NONE}") from None
     return processor(images=images, do_normalize=False, return_tensors="pt")["pixel_values"].float()
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ..data import ImageSource, evaluation_batch
+from ..data import BadImageError, ImageSource, evaluation_batch
+from ..data.evaluation import LEAVE_OUT_NONE
 from ..image_processing import check_processor
 from .draws import evaluation_order
 
@@ -18,6 +19,8 @@ class SourceImages:
     """The images of a source in the order of evaluation, prepared by one processor per target."""
 
     def __init__(self, source: ImageSource, processors: Sequence[Any], device: torch.device | str):
+        if source.bad_images:  # left out when the source was opened
+            raise BadImageError(f"{source.bad_images[0]}; {LEAVE_OUT_NONE}")
         self.source, self.processors, self.device = source, list(processors), device
         for processor in self.processors:
             check_processor(processor)

@@ -11,11 +11,13 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from modeling_nim import NIMClassifierConfig, image_processor_for
 from modeling_nim.data import BadImageError, DataRecipe, load_source
 from modeling_nim.data.decode import decode_rgb, decode_window
 from modeling_nim.data.loader import CropRecipe, TrainingImages
 from modeling_nim.data.streams import StreamPosition
 from modeling_nim.robustness.draws import evaluation_order
+from modeling_nim.robustness.images import SourceImages
 
 
 def photo(height=40, width=60) -> Image.Image:
@@ -389,3 +391,12 @@ def test_wrong_data_sections_are_named(values, words, tmp_path):
     recipe, _ = folder(tmp_path)
     with pytest.raises((ValueError, OSError), match=words):
         load_source(DataRecipe(**({"source": "folder", "path": recipe.path} | values)), "train")
+
+
+@pytest.mark.parametrize("cache_in_memory", [True, False])
+def test_an_evaluation_leaves_out_no_image(cache_in_memory, tmp_path):
+    recipe, _ = folder(tmp_path, "torn.png", b"no image")
+    recipe.cache_in_memory = cache_in_memory
+    processor = image_processor_for(NIMClassifierConfig(image_size=32, patch_size=8))
+    with pytest.raises(BadImageError, match="torn.png.*leave out no image, with data.on_bad_image=skip either"):
+        SourceImages(load_source(recipe, "train"), [processor], "cpu").batch(0, range(4))
