@@ -95,7 +95,11 @@ class DropPath(nn.Module):
 
 
 def require_image_size(pixel_values: torch.Tensor, size: tuple[int, int]) -> None:
-    """ValueError for images of another height and width than the model's."""
+    """ValueError for what is no batch of images, and for images of another height and width than the model's."""
+    if not isinstance(pixel_values, torch.Tensor) or pixel_values.ndim != 4:
+        shape = getattr(pixel_values, "shape", None)
+        found = type(pixel_values).__name__ if shape is None else f"{type(pixel_values).__name__} {tuple(shape)}"
+        raise ValueError(f"pixel_values must be normalized images (B, C, H, W) in a tensor, got {found}")
     height, width = pixel_values.shape[-2:]
     if (height, width) != tuple(size):
         raise ValueError(
@@ -142,9 +146,9 @@ class NIMEmbeddings(ViTMAEEmbeddings):
         noise: torch.Tensor | None = None,
         interpolate_pos_encoding: bool | None = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        height, width = pixel_values.shape[-2:]
         if not interpolate_pos_encoding:
             require_image_size(pixel_values, self.image_size)
+        height, width = pixel_values.shape[-2:]
         tokens = self.patch_embeddings(pixel_values)  # (B, N, D)
         grid = (height // self.patch_size, width // self.patch_size)
         positions = resize_position_table(self.position_embeddings, grid)  # (1, 1 + N, D)
@@ -428,9 +432,11 @@ def classification_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type
         return nn.functional.mse_loss(logits, labels.to(logits).view_as(logits))
     if problem_type == "multi_label_classification":
         return nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits))
-    if labels.dtype.is_floating_point or labels.ndim != 1:
+    is_tensor = isinstance(labels, torch.Tensor)
+    if not is_tensor or labels.dtype.is_floating_point or labels.dtype == torch.bool or labels.ndim != 1:
+        found = f"{labels.dtype} of shape {tuple(labels.shape)}" if is_tensor else type(labels).__name__
         raise ValueError(
-            f"labels must be class indices of shape (batch,), got {labels.dtype} of shape {tuple(labels.shape)}: "
+            f"labels must be class indices of shape (batch,) in a tensor of integers, got {found}: "
             "compute the loss of soft targets from the logits, or set problem_type in the configuration"
         )
     return nn.functional.cross_entropy(logits, labels)

@@ -324,6 +324,11 @@ def _check_parts(purifier: PreTrainedModel, classifier: PreTrainedModel) -> None
             f"{type(purifier).__name__} cannot purify: pass a pre-trained model with its decoder, such as "
             "NIMForPreTraining"
         )
+    if not isinstance(classifier, PreTrainedModel):
+        raise ValueError(
+            f"the classifier must be an image classifier of transformers, got {type(classifier).__name__}; "
+            "modeling_nim.robustness.as_target(classifier, purifier) takes any module"
+        )
     channels = [getattr(part.config, "num_channels", 3) for part in (purifier, classifier)]
     if channels[0] != channels[1]:
         raise ValueError(

@@ -66,6 +66,8 @@ class NIMImageClassificationPipeline(ImageClassificationPipeline):
             check_processor(self.image_processor)
 
     def __call__(self, inputs=None, sigma=None, **kwargs):
+        if isinstance(inputs, list) and not inputs:
+            raise ValueError("the list of images is empty: pass at least one image")
         if isinstance(sigma, (list, tuple)) or (isinstance(sigma, (np.ndarray, torch.Tensor)) and sigma.ndim > 0):
             self._require_purifier(["sigma"])
             inputs = _with_sigma(kwargs.pop("images", inputs), [_fixed_sigma(value) for value in sigma])
@@ -92,6 +94,8 @@ class NIMImageClassificationPipeline(ImageClassificationPipeline):
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64):
             raise ValueError(f"seed must be a whole number of at most 64 bits, got {seed!r}")
         if return_purified is not None:
+            if not isinstance(return_purified, bool):
+                raise ValueError(f"return_purified must be True or False, got {return_purified!r}")
             preprocess["keep_image"] = return_purified
         return preprocess, forward | given, postprocess
 
@@ -207,7 +211,10 @@ def _opened_image(source: Any, timeout: float | None) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, (np.ndarray, torch.Tensor)):
-        levels = np.asarray(source.detach().cpu()) if isinstance(source, torch.Tensor) else source
+        levels = source
+        if isinstance(source, torch.Tensor):
+            source = source.detach().cpu()
+            levels = np.asarray(source.float() if source.is_floating_point() else source)  # numpy has no bfloat16
         if np.issubdtype(levels.dtype, np.floating):
             if not ((levels >= 0) & (levels <= 1)).all():  # NaN fails, too
                 raise ValueError("an array of floats must hold levels in 0..1; give levels in 0..255 as uint8")

@@ -125,12 +125,12 @@ class NIMPreTrainingMixin:
             which patches are hidden, `(B, N)`, one tile after the other, or None where every patch is seen.
         """
         config = self.config
-        shape, channels = tuple(pixel_values.shape), len(config.image_std)
-        if len(shape) != 4 or shape[1] != channels or not pixel_values.is_floating_point():
-            raise ValueError(
-                f"pixel_values must be normalized images (B, {channels}, H, W) of floats, got {shape}, "
-                f"{pixel_values.dtype}"
-            )
+        channels = len(config.image_std)
+        is_tensor = isinstance(pixel_values, torch.Tensor)
+        fits = is_tensor and pixel_values.ndim == 4 and pixel_values.shape[1] == channels
+        if not fits or not pixel_values.is_floating_point():
+            found = f"{tuple(pixel_values.shape)}, {pixel_values.dtype}" if is_tensor else type(pixel_values).__name__
+            raise ValueError(f"pixel_values must be normalized images (B, {channels}, H, W) of floats, got {found}")
         if not config.adds_noise and (sigma is not None or epsilon is not None):
             raise ValueError(
                 '`sigma` and `epsilon` belong to degradation="noise"; this model hides patches: use `noise`'

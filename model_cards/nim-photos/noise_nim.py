@@ -146,6 +146,11 @@ def sample_sigma(
 def generators_per_image(generator: Generators, batch_size: int) -> list[torch.Generator | None]:
     """One generator for each image: the given one shared by all, or the given list, whose length is checked."""
     if not isinstance(generator, Sequence):
+        if not isinstance(generator, torch.Generator | None):
+            raise ValueError(
+                f"generator must be a torch.Generator or one per image, got {type(generator).__name__}; a seed makes "
+                "one: torch.Generator().manual_seed(seed)"
+            )
         return [generator] * batch_size
     if len(generator) != batch_size:
         raise ValueError(f"got {len(generator)} generators for {batch_size} images: pass one, or one per image")
@@ -243,10 +248,14 @@ def add_noise(
         raise ValueError(
             f"sigma has shape {tuple(sigma.shape)} for {pixel_values.shape[0]} images: pass one number or one per image"
         )
+    if not isinstance(epsilon, torch.Tensor):
+        raise ValueError(f"epsilon must be a tensor of the images' shape, got {type(epsilon).__name__}")
     if epsilon.shape != pixel_values.shape:
         raise ValueError(f"epsilon has shape {tuple(epsilon.shape)}, the images {tuple(pixel_values.shape)}")
-    if not torch.compiler.is_compiling() and not (sigma >= 0).all():  # NaN too; the check would break a compiled graph
-        raise ValueError(f"sigma must be >= 0, got {sigma.min().item():g}")
+    # NaN fails, too; the check would break a compiled graph
+    if not torch.compiler.is_compiling() and not ((sigma >= 0) & (sigma < torch.inf)).all():
+        wrong = sigma.max() if (sigma >= 0).all() else sigma.min()
+        raise ValueError(f"sigma must be >= 0 and finite, got {wrong.item():g}")
     scale = (sigma.to(pixel_values) / 255).view(-1, 1, 1, 1) / per_channel(image_std, pixel_values)
     return pixel_values + scale * epsilon.to(pixel_values)
 

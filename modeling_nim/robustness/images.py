@@ -8,7 +8,7 @@ import torch
 
 from ..data import BadImageError, ImageSource, evaluation_batch
 from ..data.evaluation import LEAVE_OUT_NONE
-from ..image_processing import check_processor
+from ..image_processing import check_processor, rgb_image
 from .draws import evaluation_order
 
 
@@ -23,6 +23,8 @@ class SourceImages:
             raise BadImageError(f"{source.bad_images[0]}; {LEAVE_OUT_NONE}")
         self.source, self.processors, self.device = source, list(processors), device
         for processor in self.processors:
+            if not callable(processor):
+                raise ValueError(f"processor must be an image processor, got {type(processor).__name__}")
             check_processor(processor)
         self.order = evaluation_order([source.image_id(index) for index in range(len(source))])
         self.class_names, self.fingerprint = list(source.class_names), source.fingerprint
@@ -56,7 +58,12 @@ class RowsSource(ImageSource):
         self.label_column = label_column or next((name for name in ("label", "labels") if name in names), None)
         if self.image_column is None or self.label_column is None:
             raise ValueError(f"the data have the columns {names}: rename them to 'image' and 'label'")
-        self.rows, self.labels = rows, [int(label) for label in rows[self.label_column]]
+        if not len(rows):
+            raise ValueError("the data hold no image")
+        wrong = next((label for label in rows[self.label_column] if not isinstance(label, int)), 0)
+        if not isinstance(wrong, int):
+            raise ValueError(f"column {self.label_column!r} must hold class indices, got {wrong!r}")
+        self.rows, self.labels = rows, list(map(int, rows[self.label_column]))
         known = getattr(rows.features[self.label_column], "names", None)
         check_labels(torch.tensor(self.labels), len(rows), None if known is None else len(known))
         self.classes_are_counted = known is None
@@ -67,7 +74,12 @@ class RowsSource(ImageSource):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.rows[int(index)][self.image_column].convert("RGB"), self.labels[index]
+        try:
+            return rgb_image(self.rows[int(index)][self.image_column]), self.labels[index]
+        except Exception as error:  # Pillow's decoders raise many types for damaged files
+            raise BadImageError(
+                f"cannot read image {self.image_id(index)!r}: {type(error).__name__}: {error}"
+            ) from None
 
     def stored(self, index: int) -> tuple[Any, int]:
         return self.rows[int(index)][self.image_column], self.labels[index]
