@@ -101,7 +101,7 @@ def test_a_summary_beside_the_weights_states_an_accuracy_too(released, tmp_path,
         ({"do_rescale": False}, "leaves pixels on 0..255"),
         ({"rescale_factor": 1 / 127.5}, "scales pixels by 0.00784"),
         ({"size": {"height": 28, "width": 28}, "crop_size": {"height": 28, "width": 28}}, "image_size 32.*gives 28x28"),
-        ({"size": {"height": 1_000_000, "width": 1_000_000}}, "image_size 32.*gives 1000000x1000000"),
+        ({"size": {"height": 16_000, "width": 16_000}}, "image_size 32.*gives 16000x16000"),
         ({"size": {"height": 32, "width": 40}}, "image_size 32.*gives 32x40"),
     ],
 )

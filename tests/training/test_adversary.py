@@ -135,7 +135,7 @@ def _check_draws(model_dir):
     images_01, targets = torch.rand(2, 3, 32, 32), torch.eye(10)[[1, 7]]
     which = (np.array([0, 0]), np.array([5, 9]))
     clean = finetuning.clean(images_01, targets)
-    assert clean.targets is targets and clean.features is None
+    assert clean.targets is targets and not clean.features
     adversarial_01 = finetuning.attack(clean, which, 8.0)
     assert all(weight.grad is None for weight in model.parameters())
     loss = finetuning.loss(adversarial_01, clean, which)
