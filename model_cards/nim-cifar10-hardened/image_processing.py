@@ -3,7 +3,6 @@
 import json
 import math
 import os
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,13 +155,12 @@ def _geometry(processor: Any, side: int) -> dict[str, Any] | None:
     return geometry | {"size": {"shortest_edge": shortest_edge}, "do_center_crop": True, "crop_size": square}
 
 
-def check_processor(processor: Any, where: str = "the image processor") -> None:
+def check_processor_fields(processor: Any) -> None:
     """Raises ValueError for sizes that no image has, or that take all memory, and numbers that make no pixel values.
 
-    `processor` is an image processor or the fields of its file, `where` names it. A field that it has not is not asked
-    for.
+    A field that the image processor has not is not asked for.
     """
-    fields = processor if isinstance(processor, Mapping) else getattr(processor, "__dict__", {})
+    fields = getattr(processor, "__dict__", {})
     for name in ("size", "crop_size"):
         if (size := fields.get(name)) is None:
             continue
@@ -173,8 +171,8 @@ def check_processor(processor: Any, where: str = "the image processor") -> None:
             sides = [size]
         if not all(side is None or (type(side) is int and 1 <= side <= MAX_SIDE_PIXELS) for side in sides):
             raise ValueError(
-                f"{where}: {name} must be whole numbers of pixels from 1 to {MAX_SIDE_PIXELS}, got {size}; write it "
-                "again with image_processor_for(model.config).save_pretrained(DIRECTORY)"
+                f"the image processor: {name} must be whole numbers of pixels from 1 to {MAX_SIDE_PIXELS}, got {size}; "
+                "write it again with image_processor_for(model.config).save_pretrained(DIRECTORY)"
             )
     for name, lowest in (("image_mean", -math.inf), ("image_std", 0), ("rescale_factor", 0)):
         numbers = fields.get(name)
@@ -183,7 +181,8 @@ def check_processor(processor: Any, where: str = "the image processor") -> None:
             isinstance(number, (int, float)) and math.isfinite(number) and number > lowest for number in numbers
         ):
             raise ValueError(
-                f"{where}: {name} must be finite numbers{' above 0' if lowest == 0 else ''}, got {fields[name]!r}"
+                f"the image processor: {name} must be finite numbers{' above 0' if lowest == 0 else ''}, "
+                f"got {fields[name]!r}"
             )
 
 

@@ -20,6 +20,13 @@ class WeightsDoNotFitError(ValueError, RuntimeError):
     """Weights of other shapes than the model's; a RuntimeError, too, because transformers raises that."""
 
 
+def what_is_wrong(error: BaseException) -> BaseException:
+    """The cause where strict dataclasses wrap the message of a validator; any other error itself."""
+    while isinstance(error, StrictDataclassError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 @contextmanager
 def naming_damaged_files(path: str | os.PathLike, values: bool = True) -> Iterator[None]:
     """Names the model whose files are damaged or make no model; the errors of transformers are of many types.
@@ -78,10 +85,7 @@ class LoadedConfigMixin:
             with naming_damaged_files(name, values=False):
                 return super().from_dict(config_dict, **kwargs)
         except StrictDataclassError as error:
-            cause = error
-            while isinstance(cause, StrictDataclassError) and cause.__cause__ is not None:
-                cause = cause.__cause__
-            words = " ".join(str(cause).split())
+            words = " ".join(str(what_is_wrong(error)).split())
             raise ValueError(f"config.json of {str(name)!r}: {words}; was it edited by hand?") from error
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from transformers.image_transforms import to_pil_image
 from transformers.pipelines import PIPELINE_REGISTRY, ImageClassificationPipeline
 
-from .image_processing import check_processor, rgb_image
+from .image_processing import check_processor_fields, rgb_image
 from .noise_nim import denormalize, parse_sigma
 
 
@@ -63,7 +63,7 @@ class NIMImageClassificationPipeline(ImageClassificationPipeline):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.model.config.model_type.startswith("nim"):
-            check_processor(self.image_processor)
+            check_processor_fields(self.image_processor)
 
     def __call__(self, inputs=None, sigma=None, **kwargs):
         if isinstance(inputs, list) and not inputs:

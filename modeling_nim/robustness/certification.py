@@ -113,12 +113,11 @@ def count_votes(
 
     The draws are seeded one by one, so that the counts do not depend on the micro-batch.
     """
-    half = recipe.precision == "bf16"
     counts = None
     for start in range(0, len(draws), recipe.micro_batch):
         seeds = distinct_seeds(recipe.seed, image_id, CERTIFY, draws[start : start + recipe.micro_batch])
         rows = image_01.expand(len(seeds), *image_01.shape)
-        with torch.autocast(image_01.device.type, torch.bfloat16, enabled=half):
+        with torch.autocast(image_01.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
             logits = target.logits(rows, target.draw(seeds, image_01.shape))
         piece = logits.argmax(dim=-1).bincount(minlength=logits.shape[-1])
         counts = piece if counts is None else counts + piece
@@ -217,21 +216,24 @@ class CertificationRun:
         settings = run_settings(self.recipe, accelerator.device, models=self.models, data=self.images.fingerprint)
         settings["recipe"].pop("radii")  # only the table depends on it
         units = plan_units([self.num_images] * len(self.targets), batch_size=1)
-        known = (self._identities, lambda unit: self.images.labels_at(range(unit.start, unit.stop)))
+        known = (self._identities, self._labels)
         return RecordFile(
             self.recipe.output_dir, settings, units, accelerator, *known, Certificate, name="certificates"
         )
 
     def _identities(self, unit: Unit) -> list[tuple]:
-        names = self.images.image_ids(range(unit.start, unit.stop))
+        names = self.images.image_ids(unit.positions)
         return [(self.targets[unit.job].name, self.sigmas[unit.job], name) for name in names]
+
+    def _labels(self, unit: Unit) -> list[int]:
+        return self.images.labels_at(unit.positions)
 
     def rounds(self, certificates: RecordFile) -> Iterator[list[Certificate]]:
         """Certifies image by image; yields what all processes wrote."""
         for unit in certificates.rounds():
             start, lines = time.perf_counter(), []
             if unit is not None:
-                images_01, labels, image_ids = self.images.batch(unit.job, range(unit.start, unit.stop))
+                images_01, labels, image_ids = self.images.batch(unit.job, unit.positions)
                 target, sigma = self.targets[unit.job], self.sigmas[unit.job]
                 lines = [certify_image(target, sigma, images_01[0], int(labels[0]), image_ids[0], self.recipe)]
             yield certificates.append(unit, lines, time.perf_counter() - start)

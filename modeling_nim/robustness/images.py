@@ -8,7 +8,7 @@ import torch
 
 from ..data import BadImageError, ImageSource, evaluation_batch
 from ..data.evaluation import LEAVE_OUT_NONE
-from ..image_processing import check_processor, rgb_image
+from ..image_processing import check_processor_fields, rgb_image
 from .draws import evaluation_order
 
 
@@ -25,7 +25,7 @@ class SourceImages:
         for processor in self.processors:
             if not callable(processor):
                 raise ValueError(f"processor must be an image processor, got {type(processor).__name__}")
-            check_processor(processor)
+            check_processor_fields(processor)
         self.order = evaluation_order([source.image_id(index) for index in range(len(source))])
         self.class_names, self.fingerprint = list(source.class_names), source.fingerprint
         # an image without a known class count may belong to a model that knows more
@@ -60,10 +60,11 @@ class RowsSource(ImageSource):
             raise ValueError(f"the data have the columns {names}: rename them to 'image' and 'label'")
         if not len(rows):
             raise ValueError("the data hold no image")
-        wrong = next((label for label in rows[self.label_column] if not isinstance(label, int)), 0)
+        labels = list(rows[self.label_column])
+        wrong = next((label for label in labels if not isinstance(label, int)), 0)
         if not isinstance(wrong, int):
             raise ValueError(f"column {self.label_column!r} must hold class indices, got {wrong!r}")
-        self.rows, self.labels = rows, list(map(int, rows[self.label_column]))
+        self.rows, self.labels = rows, list(map(int, labels))
         known = getattr(rows.features[self.label_column], "names", None)
         check_labels(torch.tensor(self.labels), len(rows), None if known is None else len(known))
         self.classes_are_counted = known is None

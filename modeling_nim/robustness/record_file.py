@@ -36,6 +36,11 @@ class Unit:
     stop: int
 
     @property
+    def positions(self) -> range:
+        """The places of its images in the evaluation order."""
+        return range(self.start, self.stop)
+
+    @property
     def num_lines(self) -> int:
         """One per image."""
         return self.stop - self.start

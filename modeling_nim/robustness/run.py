@@ -105,10 +105,10 @@ class AttackRun:
 
     def _identities(self, unit: Unit) -> list[tuple]:
         job = self.jobs[unit.job]
-        return [(*self.group(job), job.seed, name) for name in self.images.image_ids(range(unit.start, unit.stop))]
+        return [(*self.group(job), job.seed, name) for name in self.images.image_ids(unit.positions)]
 
     def _labels(self, unit: Unit) -> list[int]:
-        return self.images.labels_at(range(unit.start, unit.stop))
+        return self.images.labels_at(unit.positions)
 
     def group(self, job: Job) -> tuple:
         """`Record.group` of the job's records."""
@@ -125,7 +125,7 @@ class AttackRun:
             job, lines = None, []
             if unit is not None:
                 job = self.jobs[unit.job]
-                images_01, labels, image_ids = self.images.batch(job.target, range(unit.start, unit.stop))
+                images_01, labels, image_ids = self.images.batch(job.target, unit.positions)
                 shared = (self.plan.num_draws, self.micro_batch)
                 attacked = attack_images(job, self.targets, images_01, labels, image_ids, *shared)
                 # no-attack predictions on the evaluation draws, that attacked images are compared with

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
 
-from ..loading_nim import NO_MEMORY
+from ..loading_nim import NO_MEMORY, what_is_wrong
 
 
 WAIT_FOR_THE_FIRST_S = 5.0
@@ -47,10 +47,7 @@ def _message(error: Exception) -> str | None:
         )
     if isinstance(error, RuntimeError) and not isinstance(error, ValueError):
         return _PEER_HAS_ENDED if _PEER_IS_GONE.search(str(error)) else None
-    # strict dataclasses wrap the message of a validator; the cause says what is wrong
-    while isinstance(error, StrictDataclassError) and error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(str(error).split())
+    return " ".join(str(what_is_wrong(error)).split())
 
 
 def _exit(code: int) -> None:

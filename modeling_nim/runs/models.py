@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from ..families_nim import PURIFIERS
-from ..image_processing import check_processor
+from ..image_processing import check_processor_fields
 from ..loading_nim import naming_damaged_files
 from ..modeling_nim_purified import NIMPurifiedImageClassification
 
@@ -157,7 +157,7 @@ def load_processor(path: str | os.PathLike, trust_remote_code: bool = False) -> 
     one."""
     with naming_damaged_files(path):
         processor = AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=trust_remote_code)
-        check_processor(processor)
+        check_processor_fields(processor)
     return processor
 
 

@@ -35,8 +35,7 @@ class FeatureLossRecipe:
 
     def __post_init__(self):
         check_fields(self, "feature_loss.")
-        if self.layers is not None:
-            check_list(self.layers, "feature_loss.layers")
+        check_list(self.layers, "feature_loss.layers")
 
 
 @dataclass
