@@ -48,6 +48,12 @@ class SignalPasser:
                 self.told.add(child.pid)
                 os.kill(child.pid, signal.SIGTERM)  # what the run does on both is the same but for its exit code
 
+    def stop(self) -> None:
+        """The run has ended: signals that come now change nothing, until the interpreter has ended, too."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # Python's own handlers would go before its end
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
     def say(self) -> None:
         """Prints the line of a stopped run, where the run printed none."""
         print(STOPPED.format(signal.Signals(self.received).name), file=sys.stderr, flush=True)
@@ -117,7 +123,7 @@ def main() -> int:
     except (ValueError, OSError, AssertionError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         exit_code = 2
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    passer.stop()
     if passer.received is None:
         return exit_code if exit_code >= 0 else 128 - exit_code
     if exit_code in (-signal.SIGTERM, -signal.SIGINT):  # ended before it handled signals: nothing to save

@@ -107,6 +107,32 @@ def test_the_launcher_passes_a_signal_on_though_an_import_takes_longer_than_its_
     assert done.returncode == 0, done.stderr
 
 
+ENDS = """
+import os, sys, time
+from accelerate.commands import launch as accelerate_launch
+import launch
+
+class Late:
+    def __del__(self, say=os.write, wait=time.sleep):
+        say(1, b"ending\\n")
+        wait(3)
+
+sys.late = Late()  # goes when the interpreter ends and has given up its own handlers of signals
+sys.argv = ["launch.py", "--cpu", "run.py"]
+accelerate_launch.launch_command = lambda arguments: None
+sys.exit(launch.main())
+"""
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_after_the_end_of_a_run_changes_nothing(signal_number):
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "scripts")}
+    with subprocess.Popen([sys.executable, "-c", ENDS], env=environment, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ending\n"
+        process.send_signal(signal_number)
+        assert process.wait(timeout=60) == 0
+
+
 @pytest.mark.timeout(60 * NUM_SIGNALS + TIMEOUT_S)
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
 @pytest.mark.parametrize("num_processes", [1, 2])
