@@ -249,6 +249,8 @@ def certify(
     radii: Sequence[float] = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0),
     seed: int = 0,
     precision: str = "float32",
+    compile: bool = False,
+    bounded: str = "all",
     micro_batch: int = 256,
     output_dir: str | None = None,
     processor: Any = None,
@@ -263,7 +265,9 @@ def certify(
         num_selection_draws, num_draws: n0 and n of their Algorithm 2, which choose the class and bound its probability.
         alpha: the probability that a certificate is wrong.
         radii: of the table, L2 in [0, 1] pixels.
-        precision: `float32` or `bf16`, of the votes; the certificate is that of the classifier computed so.
+        precision, compile: `float32` or `bf16`, of the votes, and whether purifier and classifier are compiled; the
+            certificate is that of the classifier computed so.
+        bounded: whose classes are bounded, `all`, or `right` for the same accuracies without draws for wrong classes.
         model, data, num_images, seed, micro_batch, output_dir, processor, progress: as in `evaluate`.
 
     Returns:
@@ -288,6 +292,8 @@ def certify(
         "num_selection_draws": num_selection_draws,
         "alpha": alpha,
         "precision": precision,
+        "compile": compile,
+        "bounded": bounded,
     }
     with nullcontext(output_dir) if output_dir else TemporaryDirectory() as directory:
         models = [EvaluatedModelRecipe(target.name) for target in targets]

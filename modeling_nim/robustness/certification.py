@@ -7,6 +7,7 @@ that noise, at L2 radii in [0, 1] pixel units, with probability 1 - alpha per im
 import itertools
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -29,7 +30,7 @@ from .records import Certificate, model_key
 from .run import look_at_target
 from .scores import compare_pair, interval, percent
 from .statistics import certified_radius
-from .targets import PurifiedTarget, SmoothedTarget, Target
+from .targets import PurifiedTarget, SmoothedTarget, Target, compiled
 
 
 @dataclass
@@ -47,6 +48,9 @@ class CertifyRecipe:
     alpha: Annotated[float, Bounds(above=0, below=0.5)] = 0.001  # probability that a certificate is wrong
     # of the votes; the certificate is that of the classifier computed so
     precision: Literal["float32", "bf16"] = "float32"
+    compile: bool = False  # torch.compile of purifier and classifier: faster votes, rounded in another order
+    # whose classes are bounded; right: leaves out those where the chosen class is wrong, mistakes at any radius
+    bounded: Literal["all", "right"] = "all"
     micro_batch: Count = 256  # most rows of one forward pass: memory
     # L2 radii of the table, in [0, 1] pixels
     radii: list[Annotated[float, Bounds(least=0)]] = field(default_factory=lambda: [0.0, 0.1, 0.25, 0.5, 0.75, 1.0])
@@ -127,14 +131,18 @@ def count_votes(
 def certify_image(
     target: Target, sigma_255: float, image_01: torch.Tensor, label: int, image_id: str, recipe: CertifyRecipe
 ) -> Certificate:
-    """The certificate of one image; `prediction` is None and `radius` 0.0 where it abstains (Algorithm 2, CERTIFY)."""
+    """The certificate of one image; `prediction` is None and `radius` 0.0 where it abstains (Algorithm 2, CERTIFY).
+
+    With `bounded: right` a wrong class gets neither draws (`num_draws` 0) nor prediction: it holds at no radius anyway.
+    """
     num_selection = recipe.num_selection_draws
     # separate draws for the class and for its bound: shared ones would make the bound too high
     draws = range(num_selection), range(num_selection, num_selection + recipe.num_draws)
-    selection, estimation = (count_votes(target, image_01, image_id, part, recipe) for part in draws)
-    top = int(selection.argmax())
-    count = int(estimation[top])
-    radius = certified_radius(count, recipe.num_draws, sigma_255, recipe.alpha)
+    top = int(count_votes(target, image_01, image_id, draws[0], recipe).argmax())
+    count, num_draws, radius = 0, 0, 0.0
+    if recipe.bounded == "all" or top == label:
+        count, num_draws = int(count_votes(target, image_01, image_id, draws[1], recipe)[top]), recipe.num_draws
+        radius = certified_radius(count, num_draws, sigma_255, recipe.alpha)
     return Certificate(
         model=target.name,
         sigma_255=sigma_255,
@@ -142,7 +150,7 @@ def certify_image(
         label=label,
         top_class=top,
         count=count,
-        num_draws=recipe.num_draws,
+        num_draws=num_draws,
         alpha=recipe.alpha,
         prediction=top if radius > 0 else None,
         radius=radius,
@@ -163,7 +171,7 @@ def certified_rows(certificates: Sequence[Certificate], radii: Sequence[float]) 
                     "radius_l2": radius,
                     "certified_accuracy": percent(correct),
                     "ci95": interval(correct),
-                    "abstained": percent([item.prediction is None for item in members]),
+                    "abstained": percent([item.abstains for item in members]),
                     "num_images": len(members),
                 }
             )
@@ -230,13 +238,14 @@ class CertificationRun:
 
     def rounds(self, certificates: RecordFile) -> Iterator[list[Certificate]]:
         """Certifies image by image; yields what all processes wrote."""
-        for unit in certificates.rounds():
-            start, lines = time.perf_counter(), []
-            if unit is not None:
-                images_01, labels, image_ids = self.images.batch(unit.job, unit.positions)
-                target, sigma = self.targets[unit.job], self.sigmas[unit.job]
-                lines = [certify_image(target, sigma, images_01[0], int(labels[0]), image_ids[0], self.recipe)]
-            yield certificates.append(unit, lines, time.perf_counter() - start)
+        with compiled(self.targets) if self.recipe.compile else nullcontext():
+            for unit in certificates.rounds():
+                start, lines = time.perf_counter(), []
+                if unit is not None:
+                    images_01, labels, image_ids = self.images.batch(unit.job, unit.positions)
+                    target, sigma = self.targets[unit.job], self.sigmas[unit.job]
+                    lines = [certify_image(target, sigma, images_01[0], int(labels[0]), image_ids[0], self.recipe)]
+                yield certificates.append(unit, lines, time.perf_counter() - start)
 
     def rows(self, certificates: RecordFile) -> list[dict[str, Any]]:
         """Certified accuracy per radius, written to `certified.json` beside them with the comparisons of models.

@@ -130,7 +130,8 @@ class Row(_Jsonable):
 
 @dataclass(frozen=True)
 class Certificate(_Jsonable):
-    """What randomized smoothing certifies of one image: `prediction` is None and `radius` 0.0 where it abstains."""
+    """What randomized smoothing certifies of one image: `prediction` is None and `radius` 0.0 where it abstains, and
+    where `num_draws` is 0, since the class was wrong and was not bounded."""
 
     model: str
     sigma_255: float
@@ -147,6 +148,11 @@ class Certificate(_Jsonable):
     def identity(self) -> tuple:
         """The key of the certificate, unique in its run."""
         return self.model, self.sigma_255, self.image_id
+
+    @property
+    def abstains(self) -> bool:
+        """Whether the draws do not bear out the class that was chosen."""
+        return self.prediction is None and self.num_draws > 0
 
     def holds(self, radius_l2: float) -> bool:
         """Whether the class is right and certified up to this L2 radius; an abstention is a mistake."""

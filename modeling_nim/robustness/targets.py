@@ -5,7 +5,8 @@ code.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -307,6 +308,29 @@ class SmoothedTarget(Target):
 
     def classifier_logits(self, images_01: torch.Tensor) -> torch.Tensor:
         return self.base.logits(images_01, {})
+
+
+@contextmanager
+def compiled(targets: Sequence[Target]) -> Iterator[None]:
+    """Compiles what the targets compute with, for as long as the block runs; a model of several targets once.
+
+    Of a purifier it is the reconstruction alone: noise and tiles are cut outside of it.
+    """
+    modules = [module for target in targets for module in target.modules()]
+    purifiers = {module.purifier for module in modules if isinstance(module, NIMPurifiedImageClassification)}
+    classifiers = {module.classifier for module in modules if isinstance(module, NIMPurifiedImageClassification)}
+    classifiers |= {module.model for module in modules if isinstance(module, ClassifierTarget)}
+    for purifier in purifiers:
+        purifier.reconstruct = torch.compile(purifier.reconstruct, dynamic=False)
+    for classifier in classifiers:
+        classifier.compile(dynamic=False)
+    try:
+        yield
+    finally:
+        for purifier in purifiers:
+            del purifier.reconstruct
+        for classifier in classifiers:
+            classifier._compiled_call_impl = None
 
 
 def _frozen(function: Any) -> Any:

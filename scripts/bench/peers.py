@@ -160,9 +160,10 @@ def radii(smoothing: Path | None) -> None:
 
 
 def kept_certificates() -> list[Certificate]:
-    """Those of every `certified.jsonl.gz` in results/."""
+    """Those of every `certified.jsonl.gz` in results/ whose class was bounded."""
     files = sorted((ROOT / "results").glob("*/records/certified.jsonl.gz"))
-    return [Certificate.from_json(line) for file in files for line in read_jsonl(file)]
+    found = (Certificate.from_json(line) for file in files for line in read_jsonl(file))
+    return [certificate for certificate in found if certificate.num_draws]
 
 
 def scipy_difference(certificates: Sequence[Certificate]) -> float:

@@ -32,7 +32,7 @@ from modeling_nim.robustness.records import Certificate, Record
 from modeling_nim.robustness.scores import majority_is_right
 from modeling_nim.robustness.statistics import accuracy_interval, certified_radius, lower_bound, paired_p_value
 from modeling_nim.robustness.summary import summarize
-from modeling_nim.robustness.targets import PurifiedTarget, Target
+from modeling_nim.robustness.targets import PurifiedTarget, Target, compiled
 
 
 def test_intervals():
@@ -105,6 +105,29 @@ def test_votes_are_computed_in_the_precision_that_the_recipe_names(purifier, cla
     for precision in ("float32", "bf16"):
         count_votes(target, torch.rand(3, 16, 16), "a", range(3), certify_recipe(precision=precision))
     assert computed == [torch.float32, torch.bfloat16]
+
+
+def test_compiled_votes_are_those_of_the_parts_that_are_compiled_and_afterwards_nothing_is(
+    purifier, classifier, monkeypatch
+):
+    purifier.config.patch_statistics = "noisy"
+    model = NIMPurifiedImageClassification.from_parts(purifier, classifier, sigma=30)
+    targets = [PurifiedTarget("p", model, sigma) for sigma in (30, 60)]  # of one model
+    image, recipe = torch.rand(3, 16, 16), certify_recipe()
+    before = count_votes(targets[0], image, "a", range(20), recipe)
+    compile_it, compiled_functions = torch.compile, []
+
+    def noted(function, **keys):
+        compiled_functions.append(function)
+        return compile_it(function, backend="eager", **keys)  # traced by dynamo, without a compiler's seconds
+
+    monkeypatch.setattr(torch, "compile", noted)
+    with compiled(targets):
+        assert torch.equal(count_votes(targets[0], image, "a", range(20), recipe), before)
+        assert "reconstruct" in vars(model.purifier) and model.classifier._compiled_call_impl is not None
+    assert len(compiled_functions) == 2
+    assert "reconstruct" not in vars(model.purifier) and model.classifier._compiled_call_impl is None
+    assert torch.equal(count_votes(targets[0], image, "a", range(20), recipe), before)
 
 
 def test_the_draws_of_a_certificate_are_all_different_to_a_generator_of_32_bits():
@@ -183,6 +206,22 @@ def test_the_class_is_chosen_on_draws_that_do_not_bound_it(selected, bounding, t
     # 20 of 20: the bound is 0.01^(1/20), and sigma is 0.2
     expected = 0.2 * NormalDist().inv_cdf(0.01 ** (1 / 20)) if prediction is not None else 0.0
     assert found.radius == pytest.approx(expected, rel=1e-6) and (prediction is None or found.radius > 0.16)
+
+
+def test_a_wrong_class_is_not_bounded_where_right_ones_alone_are_and_the_accuracies_stay():
+    seeds = distinct_seeds(0, "a", CERTIFY, range(25))
+    target, found = ListedTarget(seeds), {}
+    for bounded in ("all", "right"):
+        recipe = certify_recipe(num_selection_draws=5, num_draws=20, alpha=0.01, bounded=bounded)
+        found[bounded] = [certify_image(target, 51.0, images(1)[0], label, "a", recipe) for label in (0, 1)]
+    assert found["right"][1] == found["all"][1] and found["all"][0].prediction == 1
+    wrong = found["right"][0]
+    assert (wrong.top_class, wrong.count, wrong.num_draws, wrong.prediction, wrong.radius) == (1, 0, 0, None, 0.0)
+    accuracies = {
+        bounded: [(row["certified_accuracy"], row["abstained"]) for row in certified_rows(items, [0.0, 0.1, 1.0])]
+        for bounded, items in found.items()
+    }
+    assert accuracies["right"] == accuracies["all"] == [(50.0, 0.0), (50.0, 0.0), (0.0, 0.0)]
 
 
 def test_certified_rows_count_abstentions_as_mistakes():
