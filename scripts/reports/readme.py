@@ -24,6 +24,7 @@ from itertools import groupby
 from pathlib import Path
 
 import jinja2
+import yaml
 
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.help import RecipeKey, recipe_keys, recipe_schema
@@ -48,9 +49,10 @@ def recipe_sections() -> dict[str, list[RecipeKey]]:
 
 @cache
 def templates(results: Path) -> jinja2.Environment:
-    """The templates, which know the content of `results` by folder and file."""
+    """The templates, which know the content of `results` by folder and file, and what others published."""
     known = environment(TEMPLATES)
     known.globals["recipe_sections"] = recipe_sections
+    known.globals |= {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in results.glob("*.yaml")}
     for folder in (path for path in results.iterdir() if path.is_dir()):
         known.globals[folder.name] = {path.stem: read_result(path) for path in folder.glob("*.json")}
     return known

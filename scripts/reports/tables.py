@@ -50,8 +50,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], rule: s
 
 def percent(value: float, interval: Sequence[float] | None = None, decimals: int = 1) -> str:
     """`"43.9 [38.0, 49.1]"`, or without an interval `"43.9"`."""
-    text = f"{value:.{decimals}f}"
-    return text if interval is None else f"{text} [{interval[0]:.1f}, {interval[1]:.1f}]"
+    return f"{value:.{decimals}f}" + (f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else "")
 
 
 def accuracies(rows: Iterable[Row], intervals_at: Collection[float] | None = None, separator: str = " / ") -> str:
