@@ -267,7 +267,8 @@ def certify(
         radii: of the table, L2 in [0, 1] pixels.
         precision, compile: `float32` or `bf16`, of the votes, and whether purifier and classifier are compiled; the
             certificate is that of the classifier computed so.
-        bounded: whose classes are bounded, `all`, or `right` for the same accuracies without draws for wrong classes.
+        bounded: whose classes are bounded, `all`, or `right` for the same accuracies without draws for wrong classes,
+            which `abstained` then leaves out.
         model, data, num_images, seed, micro_batch, output_dir, processor, progress: as in `evaluate`.
 
     Returns:
