@@ -42,13 +42,23 @@ def summarize(
         models: by `model_key`, what is known of the model itself (`alarms.of_models`).
         seconds: by `Record.group`.
     """
-    groups: dict[tuple, list[Record]] = defaultdict(list)
-    for record in records:
-        groups[record.group].append(record)
+    groups = _grouped(records)
     rows = [_row(group, members, attacks, seconds.get(group, 0.0)) for group, members in groups.items()]
     comparisons = _comparisons(groups)
     alarms = [*of_models(models), *of_records(groups, attacks, models), *of_comparisons(comparisons)]
     return Summary(rows, _worst_case(groups, attacks), comparisons, alarms)
+
+
+def compare_models(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """The `comparisons` of a summary, here of records that may come from several runs on the same images."""
+    return _comparisons(_grouped(records))
+
+
+def _grouped(records: Sequence[Record]) -> dict[tuple, list[Record]]:
+    groups: dict[tuple, list[Record]] = defaultdict(list)
+    for record in records:
+        groups[record.group].append(record)
+    return groups
 
 
 def _row(group: tuple, members: list[Record], attacks: dict, seconds: float) -> Row:

@@ -13,8 +13,10 @@ import io
 import re
 import textwrap
 import tokenize
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 
 
@@ -61,6 +63,20 @@ def recipe_keys(path: str | Path, schema: str) -> list[RecipeKey]:
     if found is None or not isinstance(found.node, ast.ClassDef):
         raise ValueError(f"{path} defines no dataclass {schema!r}")
     return _keys(found, "")
+
+
+def recipe_sections(scripts: Iterable[Path]) -> dict[str, list[RecipeKey]]:
+    """Every key of the recipes of `scripts`, by section; a section that several have stands once.
+
+    Raises ValueError where two sections of one name differ.
+    """
+    sections: dict[str, list[RecipeKey]] = {}
+    for script in scripts:
+        for section, found in groupby(recipe_keys(script, recipe_schema(script)), lambda key: key.section):
+            title, keys = section or f"scripts/{script.name}", list(found)
+            if sections.setdefault(title, keys) != keys:
+                raise ValueError(f"section {title} of {script} has other keys than the section of that name before it")
+    return sections
 
 
 def format_keys(keys: list[RecipeKey], width: int = 100) -> str:

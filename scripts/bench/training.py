@@ -43,8 +43,8 @@ def stages(attention: str) -> dict[str, tuple[nn.Module, Callable[[nn.Module, to
     )
     denoiser = NIMForPreTraining(config)
     classifier = NIMForImageClassification(NIMForImageClassification.config_class(**SIZES, num_labels=10))
-    classifier.set_attn_implementation(attention)
     purified = NIMPurifiedImageClassification.from_parts(denoiser, classifier, sigma=30)
+    purified.set_attn_implementation(attention)  # composing sets the attention of its parts
 
     def harden(model: nn.Module, pixel_values: torch.Tensor, labels: torch.Tensor) -> None:
         # FlopCounterMode fails on an input that itself requires a gradient, so the input is a sum that does

@@ -19,16 +19,18 @@ if __name__ == "__main__":
 import argparse
 import re
 from collections.abc import Sequence
-from functools import cache
-from itertools import groupby
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import yaml
 
+from modeling_nim.robustness.records import read_records
+from modeling_nim.robustness.summary import compare_models
 from modeling_nim.runs.errors import run_main
-from modeling_nim.runs.help import RecipeKey, recipe_keys, recipe_schema
-from reports.tables import TEMPLATES, environment, keep_as_made, read_result
+from modeling_nim.runs.help import recipe_sections
+from reports.tables import TEMPLATES, environment, find_rows, keep_as_made, read_result
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,22 +38,18 @@ MARKED = re.compile(r"(<!-- results:(?P<name>\w+) -->\n).*?(<!-- end -->)", re.D
 SCRIPTS = ("run_pretrain", "run_finetune", "run_attack", "run_certify")  # in the order of docs/recipes.md
 
 
-def recipe_sections() -> dict[str, list[RecipeKey]]:
-    """Every key of every recipe, by section; a section that several scripts have stands once."""
-    sections: dict[str, list[RecipeKey]] = {}
-    for script in (ROOT / "scripts" / f"{name}.py" for name in SCRIPTS):
-        for section, found in groupby(recipe_keys(script, recipe_schema(script)), lambda key: key.section):
-            title, keys = section or str(script.relative_to(ROOT)), list(found)
-            if sections.setdefault(title, keys) != keys:
-                raise ValueError(f"section {title} of {script} has other keys than the section of that name before it")
-    return sections
+def paired(results: Path, *names: str, **wanted: Any) -> list[dict[str, Any]]:
+    """The comparisons, as `wanted`, of models that several evaluations attacked on the same images."""
+    records = [record for name in names for record in read_records(results / f"{name}.jsonl.gz")]
+    return find_rows({"rows": compare_models(records)}, **wanted)
 
 
 @cache
 def templates(results: Path) -> jinja2.Environment:
     """The templates, which know the content of `results` by folder and file, and what others published."""
     known = environment(TEMPLATES)
-    known.globals["recipe_sections"] = recipe_sections
+    scripts = [ROOT / "scripts" / f"{name}.py" for name in SCRIPTS]
+    known.globals |= {"recipe_sections": partial(recipe_sections, scripts), "paired": partial(paired, results)}
     known.globals |= {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in results.glob("*.yaml")}
     for folder in (path for path in results.iterdir() if path.is_dir()):
         known.globals[folder.name] = {path.stem: read_result(path) for path in folder.glob("*.json")}

@@ -136,7 +136,7 @@ def test_every_recipe_is_read_by_the_script_that_runs_it(study, data_path, width
             "finetune_hardened.yaml",
             "finetune_adversarial.yaml",
         }
-        script = {"pretrain": "run_pretrain.py", "finetune": "run_finetune.py", "attack": "run_attack.py"}
+        script = {kind: f"run_{kind}.py" for kind in ("pretrain", "finetune", "attack", "certify")}
         # a recipe of the longer study says in its command what it is stacked on
         command = re.findall(r"scripts/recipes/\S+\.yaml", (ROOT / file).read_text()) if "/long/" in file else [file]
         assert command[-1] == file
