@@ -308,7 +308,7 @@ PHOTOGRAPHS = ROOT / "tests" / "fixtures" / "cifar10.png"
 LABELS = "937097796545494270473725470803287359267941040354042414312127"
 
 
-@pytest.mark.parametrize("name", ["nim-cifar10", "nim-cifar10-noisy-statistics"])
+@pytest.mark.parametrize("name", ["nim-cifar10", "nim-cifar10-consistent"])
 def test_released_models_of_photographs_classify_photographs(name):
     pipe = pipeline("image-classification", str(ROOT / "model_cards" / name))
     sheet = Image.open(PHOTOGRAPHS)
