@@ -30,7 +30,7 @@ from modeling_nim.robustness.records import read_records
 from modeling_nim.robustness.summary import compare_models
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.help import recipe_sections
-from reports.tables import TEMPLATES, environment, find_rows, keep_as_made, read_result
+from reports.tables import TEMPLATES, environment, keep_as_made, read_result
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,10 +38,11 @@ MARKED = re.compile(r"(<!-- results:(?P<name>\w+) -->\n).*?(<!-- end -->)", re.D
 SCRIPTS = ("run_pretrain", "run_finetune", "run_attack", "run_certify")  # in the order of docs/recipes.md
 
 
-def paired(results: Path, *names: str, **wanted: Any) -> list[dict[str, Any]]:
-    """The comparisons, as `wanted`, of models that several evaluations attacked on the same images."""
-    records = [record for name in names for record in read_records(results / f"{name}.jsonl.gz")]
-    return find_rows({"rows": compare_models(records)}, **wanted)
+@cache
+def paired(results: Path, *names: str) -> list[dict[str, Any]]:
+    """The comparisons of models that several evaluations, `names` as FOLDER/NAME, attacked on the same images."""
+    files = [results / folder / "records" / f"{name}.jsonl.gz" for folder, name in (name.split("/") for name in names)]
+    return compare_models([record for file in files for record in read_records(file)])
 
 
 @cache
