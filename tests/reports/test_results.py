@@ -11,6 +11,7 @@ import reference
 from modeling_nim.robustness.certification import certified_comparisons, certified_rows
 from modeling_nim.robustness.records import Certificate, Record, Row
 from modeling_nim.robustness.statistics import accuracy_interval
+from modeling_nim.robustness.summary import compare_models
 from reports import collect, paper_tables
 
 
@@ -65,8 +66,10 @@ def test_a_result_is_made_of_the_records_beside_it(file):
         found = {(row["model"], row["sigma_255"]): (row["psnr_db"], row["num_images"]) for row in result["rows"]}
         assert found == {key: (pytest.approx(sum(v) / len(v), abs=1e-3), len(v)) for key, v in values.items()}
         return
+    attacked = [Record.from_json(record) for record in records]
+    assert compare_models(attacked) == result["comparisons"]
     right = defaultdict(list)
-    for record in map(Record.from_json, records):
+    for record in attacked:
         predictions = record.predictions
         right[record.group].append(sum(prediction == record.label for prediction in predictions) / len(predictions))
     assert len(right) == len(result["rows"])
