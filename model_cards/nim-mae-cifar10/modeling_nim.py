@@ -256,6 +256,8 @@ class NIMForPreTraining(NIMPreTrainingMixin, NIMPreTrainedModel):
         super().__init__(config)
         self.vit = NIMModel(config)
         self.decoder = ViTMAEDecoder(config, num_patches=self.vit.embeddings.patch_embeddings.num_patches)
+        for layer in self.decoder.decoder_layers:
+            layer.attention.config = config  # it has a copy, which `set_attn_implementation` would not reach
         # Without masks the token is outside the graph; a trainable parameter without a gradient stops DDP.
         self.decoder.mask_token.requires_grad_(config.hides_patches)
         self.post_init()

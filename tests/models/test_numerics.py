@@ -120,6 +120,8 @@ def test_sdpa_equals_eager_attention_in_purifiers(name, pixel_values):
     results = []
     for implementation in ("eager", "sdpa"):
         model.set_attn_implementation(implementation)
+        attentions = [part for part in model.modules() if type(part).__name__.endswith("Attention")]
+        assert {part.config._attn_implementation for part in attentions} == {implementation}  # of decoders too
         images = pixel_values.clone().requires_grad_()
         output = model(images, **given)
         output.loss.backward()
