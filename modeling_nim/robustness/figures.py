@@ -85,11 +85,11 @@ def _lines(directories: Sequence[str | os.PathLike], name: str) -> list[Entry]:
 
 
 def accuracy_against_sigma(records: Sequence[Record]) -> Figure:
-    """Figure 7: clean and robust accuracy of one defense against its sigma, with 95% intervals.
+    """Figure 7: clean and robust accuracy of defenses against their sigma, with 95% intervals.
 
-    Takes `records.read_records`: of the model with the most sigmas, the attack and budget made at the most of them,
-    on the images that all of these met, so that the points of a curve can be compared. Undefended models are horizontal
-    lines.
+    Takes `records.read_records`: of the models with two sigmas or more, the three with the most, as far as they
+    have images in common; the attack and budget made at the most sigmas of the first; on the images that all of these
+    met, so that the points can be compared. Undefended models are horizontal lines.
     """
     groups: dict[tuple, list[Record]] = defaultdict(list)
     for record in records:
@@ -98,18 +98,25 @@ def accuracy_against_sigma(records: Sequence[Record]) -> Figure:
     for model, sigma, *_ in groups:
         if isinstance(sigma, float):
             sigmas[model].add(sigma)
-    model = max(sigmas, key=lambda name: len(sigmas[name]), default=None)
-    if model is None or len(sigmas[model]) < 2:
+    swept = sorted((name for name in sigmas if len(sigmas[name]) > 1), key=lambda name: -len(sigmas[name]))
+    if not swept:
         raise NothingToDraw("accuracy against sigma needs records of one model at two sigmas or more")
     sweeps: dict[tuple, int] = defaultdict(int)
     for name, sigma, attack, epsilon, _ in groups:
-        sweeps[attack, epsilon] += name == model and isinstance(sigma, float) and attack != "none"
+        sweeps[attack, epsilon] += name == swept[0] and isinstance(sigma, float) and attack != "none"
     if not max(sweeps.values()):
         raise NothingToDraw("accuracy against sigma needs records of an attack")
     attack, epsilon = max(sweeps, key=sweeps.get)
     shown = {key: members for key, members in groups.items() if key[2:4] in ((attack, epsilon), ("none", 0.0))}
-    own = [key for key in shown if key[0] == model and isinstance(key[1], float)]
-    common = set.intersection(*({record.image_id for record in shown[key]} for key in own))
+    own = [key for key in shown if key[0] in swept and isinstance(key[1], float)]
+    common: set = set()
+    styles = {}
+    for model, style in zip(swept, (("o", "-"), ("s", "--"), ("^", "-.")), strict=False):
+        met = [{record.image_id for record in shown[key]} for key in own if key[0] == model]
+        if shared := set.intersection(*met, *([common] if common else [])):
+            common, styles[model] = shared, style
+    if not styles:
+        raise NothingToDraw(f"the images that {swept[0]} met differ from sigma to sigma")
 
     def point(key: tuple) -> tuple[float, tuple[float, float]] | None:
         values = scores([record for record in shown[key] if record.image_id in common])["mean"]
@@ -120,14 +127,16 @@ def accuracy_against_sigma(records: Sequence[Record]) -> Figure:
     curves = [("no attack", "clean"), *((name, threat) for threat, name in THREAT_NAMES.items())]
     undefended = list(dict.fromkeys(key[0] for key in shown if key[1] is None))
     for (name, threat), color in zip(curves, ("#000000", *COLORS), strict=False):
-        keys = sorted((key for key in own if key[4] == threat), key=lambda key: key[1])
-        points = [point(key) for key in keys]
-        if not points:
-            continue
-        x = [key[1] for key in keys]
-        low, high = zip(*(interval for _, interval in points), strict=True)
-        axes.plot(x, [mean for mean, _ in points], marker="o", markersize=4, color=color, label=f"{model}: {name}")
-        axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+        for model, (marker, line) in styles.items():
+            keys = sorted((key for key in own if key[0] == model and key[4] == threat), key=lambda key: key[1])
+            points = [point(key) for key in keys]
+            if not points:
+                continue
+            x = [key[1] for key in keys]
+            low, high = zip(*(interval for _, interval in points), strict=True)
+            drawn = {"color": color, "marker": marker, "linestyle": line, "markersize": 4}
+            axes.plot(x, [mean for mean, _ in points], label=f"{model}: {name}", **drawn)
+            axes.fill_between(x, low, high, color=color, alpha=0.15 / len(styles), linewidth=0)
         for other, style in zip(undefended, (":", "-.", "--"), strict=False):
             key = next((key for key in shown if key[0] == other and key[4] == threat), None)
             if key is not None and point(key) is not None:
@@ -241,7 +250,7 @@ def reconstruction_loss(records: Sequence[Entry], with_deviation: bool | None = 
     axes.set(xlabel="sigma of the input's noise (0..255)", ylabel="pre-training loss", ylim=(0, None))
     axes.set_title(f"{number} images{suffix}", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(title="pre-trained with sigma", fontsize=8, frameon=False)
+    axes.legend(title="purifier, or the sigma it was pre-trained with", fontsize=8, frameon=False)
     return figure
 
 

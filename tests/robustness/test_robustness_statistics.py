@@ -431,6 +431,11 @@ def test_the_curve_over_sigma_compares_equal_images_alone():
     assert "2 images" in axes.get_title()
     with pytest.raises(ValueError, match="two sigmas or more"):
         accuracy_against_sigma(records[:4])
+    # a second defense on the same images has curves beside it, one that met other images has none
+    others = [replace(record, model="n") for record in records]
+    others += [replace(record, model="o", image_id=f"other {record.image_id}") for record in records]
+    labels = [line.get_label() for line in accuracy_against_sigma(records + others).axes[0].lines]
+    assert labels == ["m: no attack", "n: no attack", "m: white-box", "n: white-box"]
 
 
 def test_the_bars_of_models_say_what_they_stand_on():
