@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import argparse
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,16 @@ SCRIPTS = ("run_pretrain", "run_finetune", "run_attack", "run_certify")  # in th
 
 @cache
 def paired(results: Path, *names: str) -> list[dict[str, Any]]:
-    """The comparisons of models that several evaluations, `names` as FOLDER/NAME, attacked on the same images."""
-    files = [results / folder / "records" / f"{name}.jsonl.gz" for folder, name in (name.split("/") for name in names)]
-    return compare_models([record for file in files for record in read_records(file)])
+    """The comparisons of models that several evaluations, `names` as FOLDER/NAME, attacked on the same images.
+
+    Of FOLDER/NAME=WORD the models are called "WORD MODEL", where another evaluation has models of the same names.
+    """
+    records = []
+    for path, _, word in (name.partition("=") for name in names):
+        folder, name = path.split("/")
+        own = read_records(results / folder / "records" / f"{name}.jsonl.gz")
+        records += [replace(record, model=f"{word} {record.model}") for record in own] if word else own
+    return compare_models(records)
 
 
 @cache
