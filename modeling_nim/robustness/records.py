@@ -185,6 +185,7 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
     return lines
 
 
-def read_records(path: str | os.PathLike) -> list[Record]:
-    """The records of an attack run, those of earlier versions too."""
-    return [Record.from_json(line) for line in read_jsonl(path)]
+def read_records(path: str | os.PathLike, model_prefix: str = "") -> list[Record]:
+    """The records of an attack run, those of earlier versions too. The prefix, put before the names of its models,
+    tells them from those of another run."""
+    return [Record.from_json(line | {"model": model_prefix + line["model"]}) for line in read_jsonl(path)]

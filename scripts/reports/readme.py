@@ -19,7 +19,6 @@ if __name__ == "__main__":
 import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -41,16 +40,10 @@ SCRIPTS = ("run_pretrain", "run_finetune", "run_attack", "run_certify")  # in th
 
 @cache
 def paired(results: Path, *names: str) -> list[dict[str, Any]]:
-    """The comparisons of models that several evaluations, `names` as FOLDER/NAME, attacked on the same images.
-
-    Of FOLDER/NAME=WORD the models are called "WORD MODEL", where another evaluation has models of the same names.
-    """
-    records = []
-    for path, _, word in (name.partition("=") for name in names):
-        folder, name = path.split("/")
-        own = read_records(results / folder / "records" / f"{name}.jsonl.gz")
-        records += [replace(record, model=f"{word} {record.model}") for record in own] if word else own
-    return compare_models(records)
+    """The comparisons of models that several evaluations attacked on the same images: `names` as FOLDER/NAME, or as
+    FOLDER/NAME=PREFIX, which is put before the names of its models."""
+    parts = [name.replace("/", "/records/").partition("=") for name in names]
+    return compare_models([r for path, _, word in parts for r in read_records(results / f"{path}.jsonl.gz", word)])
 
 
 @cache

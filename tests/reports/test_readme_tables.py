@@ -60,7 +60,7 @@ def test_the_demo_table_shows_the_rows_of_the_summary(tmp_path):
 
 
 def test_models_of_one_name_in_two_evaluations_are_told_apart():
-    pairs = make_readme.paired(RESULTS, "cifar10_long/attack_eot", "cifar10_long/attack_eot=longer")
+    pairs = make_readme.paired(RESULTS, "cifar10_long/attack_eot", "cifar10_long/attack_eot=longer ")
     same = [row for row in pairs if row["models"] == ["undefended", "longer undefended"]]
     assert same and all(row["p_value"] == 1 and len(set(row["accuracy_majority"])) == 1 for row in same)
     assert ["hardened @ sigma 30", "longer adversarial"] in [row["models"] for row in pairs]
