@@ -6,7 +6,8 @@
 
 `--models` are purified models, each a directory or a Hub id, to choose from on the page. `--undefended` is a classifier
 without defense; without it, the classifier inside the defended model stands there without its purifier. `--hardened` is
-a second defended model to compare with; a directory beside the model whose name ends in -hardened is found by itself.
+a second defended model to compare with. Directories beside the model, with -undefended or -hardened after its name, are
+found by themselves.
 `--examples` is a folder of images to pick from. On the Hub, where a Space has no command line, the variables NIM_MODELS
 (ids with spaces between them), NIM_UNDEFENDED, NIM_HARDENED and NIM_EXAMPLES say the same.
 
@@ -39,7 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--undefended",
         default=environment("NIM_UNDEFENDED"),
-        help="a bare classifier beside them; default: the model's",
+        help="a bare classifier beside them; default: MODEL-undefended, if it is there, or the model's own",
     )
     parser.add_argument(
         "--hardened",
@@ -673,8 +674,10 @@ def make_choices(args: argparse.Namespace) -> list[Choice]:
     elif not choices:
         choices = [Choice(name) for name in released_models()] + photographs()
     for choice in choices:
-        if choice.hardened is None and Path(f"{choice.name.rstrip('/')}-hardened").is_dir():
-            choice.hardened = f"{choice.name.rstrip('/')}-hardened"
+        for role in ("undefended", "hardened"):
+            beside = f"{choice.name.rstrip('/')}-{role}"
+            if getattr(choice, role) is None and Path(beside).is_dir():
+                setattr(choice, role, beside)
         for name in filter(None, (choice.name, choice.undefended, choice.hardened, choice.classifier)):
             if os.sep in str(Path(name).parent) and not Path(name).is_dir():
                 raise FileNotFoundError(f"there is no model {name}: pass a directory or a Hub id")

@@ -175,14 +175,16 @@ def test_the_undefended_model_is_the_classifier_inside_where_none_is_named(app, 
     assert own["bars"] == named["bars"]  # here they have the same weights
 
 
-def test_a_hardened_sibling_is_the_third_row(app, model_dirs, tmp_path, digit):
+def test_an_undefended_and_a_hardened_sibling_are_found(app, model_dirs, tmp_path, digit):
     for name in ("model", "model-hardened"):
         shutil.copytree(model_dirs[0], tmp_path / name)
+    shutil.copytree(model_dirs[1], tmp_path / "model-undefended")
     args = argparse.Namespace(
         models=[str(tmp_path / "model")], undefended=None, hardened=None, purifier=None, classifier=None
     )
     [choice] = app.make_choices(args)
     assert choice.hardened == str(tmp_path / "model-hardened")
+    assert choice.undefended == str(tmp_path / "model-undefended")
     rows = shown_by(app, app.Page([choice]), digit, 8, 30, 1, 0, name="model")
     for name in ("verdict", "bars", *app.PICTURES["hardened"]):
         assert rows["hardened"][name] == rows["defended"][name]  # here they have the same weights
