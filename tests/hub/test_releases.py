@@ -28,13 +28,13 @@ def config_of(folder: Path) -> dict:
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
-def is_purified(folder: Path) -> bool:
-    return config_of(folder)["architectures"] == ["NIMPurifiedImageClassification"]
+def released(architecture: str) -> list[Path]:
+    return [folder for folder in RELEASED if config_of(folder)["architectures"] == [architecture]]
 
 
-PURIFIED = [folder for folder in RELEASED if is_purified(folder)]
-DENOISERS = [folder for folder in RELEASED if "AutoModelForPreTraining" in config_of(folder)["auto_map"]]
-BARE = [folder for folder in RELEASED if config_of(folder)["architectures"] == ["NIMForImageClassification"]]
+PURIFIED = released("NIMPurifiedImageClassification")
+DENOISERS = released("NIMForPreTraining")
+BARE = released("NIMForImageClassification")
 
 
 @pytest.mark.parametrize("folder", RELEASED, ids=lambda folder: folder.name)
