@@ -137,9 +137,16 @@ def _count_values(value: Any, counted: dict[int, int]) -> int:
 
 
 def build_dataclass(schema: type[T], values: dict[str, Any], where: str = "") -> T:
-    """Make the dataclass `schema` from nested dictionaries, strictly; `where` is the dotted path for error messages."""
+    """Make the dataclass `schema` from nested dictionaries, strictly; `where` is the dotted path for error messages.
+
+    A schema may have `SHORTHANDS`, words that stand for a whole section: `{word: values}`.
+    """
+    shorthands = getattr(schema, "SHORTHANDS", {})
+    if isinstance(values, str) and values in shorthands:
+        values = shorthands[values]
     if not isinstance(values, dict):
-        raise ValueError(f"recipe key {where!r} must be a section with keys {_known(schema)}, got {values!r}")
+        words = "".join(f"{word!r} or " for word in shorthands)
+        raise ValueError(f"recipe key {where!r} must be {words}a section with keys {_known(schema)}, got {values!r}")
     hints = typing.get_type_hints(schema)
     fields = {field.name: field for field in dataclasses.fields(schema) if field.init}
     for key in values:

@@ -20,10 +20,14 @@ class ExecutionRecipe:
     """The `execution` section: precision, memory and speed; options of `accelerate launch` choose the machines.
 
     `attn_implementation: auto` is eager for small models on a CPU, above all in bf16. Otherwise it is what null always
-    is: transformers' choice, SDPA. The run says what it uses.
+    is: transformers' choice, SDPA. `execution: auto` in place of a section takes both from the machine. The run says
+    what it uses, and its `recipe.yaml` holds the precision that "auto" became.
     """
 
-    mixed_precision: Literal["no", "bf16"] = "no"  # bf16 computes in bfloat16; weights stay in float32
+    SHORTHANDS = {"auto": {"mixed_precision": "auto", "attn_implementation": "auto"}}
+
+    # bf16 computes in bfloat16, weights stay in float32; auto: bf16 where the machine multiplies it in hardware
+    mixed_precision: Literal["auto", "no", "bf16"] = "no"
     compile: bool = False  # torch.compile
     gradient_checkpointing: bool = False  # compute activations again on the way back: less memory, more time
     # auto: eager for small models on a CPU, else as null: transformers' choice, SDPA
@@ -65,8 +69,17 @@ class LoggingRecipe:
         check_fields(self, "logging.")
 
 
+def fastest_precision() -> Literal["no", "bf16"]:
+    """`bf16` where the GPU, or without one the CPU, has instructions that multiply it."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    known = torch.cpu.get_capabilities()
+    return "bf16" if any(known.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")) else "no"
+
+
 def make_accelerator(recipe: Any) -> Accelerator:
-    """The accelerator for a recipe with `execution`, `optimization`, `logging` and `output_dir`.
+    """The accelerator for a recipe with `execution`, `optimization`, `logging` and `output_dir`; it says the precision,
+    and puts into the recipe what "auto" is here.
 
     Raises ValueError for trackers that are not installed (Accelerate would leave them out), and for a moving
     average of sharded weights.
@@ -76,6 +89,8 @@ def make_accelerator(recipe: Any) -> Accelerator:
         raise ValueError(f"logging.trackers names {', '.join(missing)}, not installed: pip install {' '.join(missing)}")
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+    if recipe.execution.mixed_precision == "auto":
+        recipe.execution.mixed_precision = fastest_precision()
     accelerator = Accelerator(
         mixed_precision=recipe.execution.mixed_precision,
         gradient_accumulation_steps=recipe.optimization.gradient_accumulation_steps,
@@ -83,6 +98,7 @@ def make_accelerator(recipe: Any) -> Accelerator:
         log_with=recipe.logging.trackers or None,
         project_dir=recipe.output_dir,
     )
+    accelerator.print(f"precision: {'float32' if accelerator.mixed_precision == 'no' else accelerator.mixed_precision}")
     if recipe.optimization.ema_decay and accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError("optimization.ema_decay averages whole weights; unset it, or launch with DDP instead of FSDP")
     return accelerator

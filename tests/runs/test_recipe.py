@@ -16,6 +16,8 @@ class Part:
 
 @dataclass
 class Section:
+    SHORTHANDS = {"quick": {"steps": 2, "compile": True}}
+
     learning_rate: float = 1e-3
     steps: int = 10
     mode: Literal["a", "b"] = "a"
@@ -54,6 +56,11 @@ def test_values_defaults_and_overrides(tmp_path):
     }
 
 
+def test_a_word_stands_for_a_section(tmp_path):
+    assert load(tmp_path, "seed: 0\nsection: quick").section == Section(steps=2, compile=True)
+    assert load(tmp_path, "seed: 0\nsection: {steps: 5}", "section=quick").section.steps == 2
+
+
 def test_override_creates_a_section_left_out(tmp_path):
     assert load(tmp_path, "seed: 0", "section.mode=b").section.mode == "b"
 
@@ -80,7 +87,9 @@ ALIASES_OF_ALIASES = "seed:\n- &a0 [x]\n" + "".join(
         ("seed: true", (), "'seed' must be int, got True"),
         ("seed: 1\nsection: {compile: 1}", (), "'section.compile' must be bool, got 1"),
         ("seed: 1\nsection: {mode: c}", (), r"'section.mode' must be one of \['a', 'b'\], got 'c'"),
-        ("seed: 1\nsection: 3", (), "'section' must be a section"),
+        ("seed: 1\nsection: 3", (), "'section' must be 'quick' or a section with keys .*, got 3"),
+        ("seed: 1\nsection: slow", (), "'section' must be 'quick' or a section"),
+        ("seed: 1\nparts: [x]", (), "'parts.0' must be a section"),
         ("seed: 1\nparts: [{sigma: 1}]", (), "'parts.0.name' is missing"),
         ("- 1", (), "must be a mapping"),
         ("seed: [1", (), "not valid YAML"),

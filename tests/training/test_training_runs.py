@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import TorchDynamoPlugin
 from PIL import Image
@@ -15,6 +16,7 @@ from training_runs import FINETUNE, PRETRAIN, SERVER, TINY, last_step, losses, r
 from modeling_nim import NIMForImageClassification, NIMForPreTraining, NIMPurifiedImageClassification
 from modeling_nim.training.checkpoints import checkpoint_path, list_checkpoints
 from modeling_nim.training.models import ModelRecipe, make_pretraining_model, save_model_dir
+from modeling_nim.training.settings import fastest_precision
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +45,38 @@ def test_another_attention_changes_the_rounding_alone(script, pretrained, tmp_pa
     assert losses(tmp_path / "eager") == pytest.approx(losses(tmp_path / "sdpa"), abs=1e-4)
     # it is in use: other products, other last bits
     assert any((weights["eager"][key] != weights["sdpa"][key]).any() for key in weights["sdpa"])
+
+
+@pytest.mark.parametrize("script", ["run_pretrain", "run_finetune"])
+def test_execution_auto_is_what_it_says(script, pretrained, tmp_path):
+    recipe = recipe_of(script, pretrained)
+    printed = run(script, recipe, tmp_path / "auto", "execution=auto")
+    precision = fastest_precision()
+    assert f"precision: {'bf16' if precision == 'bf16' else 'float32'}\n" in printed
+    assert re.search(r"^attention: eager \(\d+ tokens\)", printed, re.MULTILINE)
+    kept = yaml.safe_load((tmp_path / "auto" / "recipe.yaml").read_text())["execution"]
+    assert (kept["mixed_precision"], kept["attn_implementation"]) == (precision, "auto")
+    run(script, recipe, tmp_path / "named", f"execution.mixed_precision={precision}")
+    assert losses(tmp_path / "auto") == losses(tmp_path / "named")
+
+
+@pytest.mark.parametrize(
+    "known, precision",
+    [({"amx_bf16": True}, "bf16"), ({"avx512_bf16": True}, "bf16"), ({"bf16": True}, "bf16"), ({"avx2": True}, "no")],
+)
+def test_bf16_is_chosen_where_the_cpu_multiplies_it(known, precision, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False, "architecture": "any"} | known)
+    assert fastest_precision() == precision
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_bf16_is_chosen_where_the_gpu_multiplies_it(supported, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: supported and not including_emulation
+    )
+    assert fastest_precision() == ("bf16" if supported else "no")
 
 
 def recipe_of(script, pretrained):
