@@ -638,11 +638,14 @@ def _build_row(row: str, models: Models, pictures: Sequence[str]) -> dict[str, A
 
 
 def released_models() -> list[str]:
-    """The purified models of model_cards/, without those that another one is compared with."""
+    """The purified models of model_cards/ that add noise, without those that another one is compared with."""
     found = []
     for path in sorted(RELEASED.glob("*/config.json")):
-        architectures = json.loads(path.read_text(encoding="utf-8"))["architectures"]
-        if architectures == ["NIMPurifiedImageClassification"] and not path.parent.name.endswith("-hardened"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        is_purified = config["architectures"] == ["NIMPurifiedImageClassification"]
+        if not is_purified or config["purifier_config"]["degradation"] == "mask":
+            continue
+        if not path.parent.name.endswith("-hardened"):
             found.append(str(path.parent))
     return sorted(found, key=lambda name: (name.endswith("-statistics"), "digits" not in name, name))
 

@@ -32,11 +32,11 @@ class DefendedLogits(nn.Module):
 
     Args:
         model: the defended classifier.
-        sigma: scale of the noise on 0..255; None is the configuration's.
+        sigma: scale of the noise on 0..255; None is the configuration's. A purifier that hides patches takes none.
         num_votes: noise draws per answer; None is the configuration's.
 
     Raises:
-        ValueError: sigma is a distribution.
+        ValueError: sigma is a distribution, or the purifier adds no noise.
     """
 
     def __init__(
@@ -47,10 +47,14 @@ class DefendedLogits(nn.Module):
     ):
         super().__init__()
         self.model = model.eval()
-        specification = parse_sigma(model.config.sigma if sigma is None else sigma)
-        if specification.kind != "fixed":
-            raise ValueError(f"an exported model has one sigma, got {specification.kind}: pass a number on 0..255")
-        self.sigma_255 = float(specification.a)
+        self.sigma_255 = None
+        if model.config.purifier_config.adds_noise:
+            specification = parse_sigma(model.config.sigma if sigma is None else sigma)
+            if specification.kind != "fixed":
+                raise ValueError(f"an exported model has one sigma, got {specification.kind}: pass a number on 0..255")
+            self.sigma_255 = float(specification.a)
+        elif sigma is not None:
+            raise ValueError(f"the purifier hides patches instead of adding noise: leave sigma {sigma!r} out")
         self.num_votes = model.config.num_votes if num_votes is None else num_votes
 
     def forward(self, pixel_values: torch.Tensor, epsilon: torch.Tensor | None = None) -> torch.Tensor:
@@ -189,6 +193,6 @@ def verify_export(
         raise ValueError(
             f"{os.fspath(path)!r} differs from the model by {largest:.1e}, above {tolerance:g}: do not use it"
         )
-    if noise == "inside" and largest == 0 and defended.sigma_255 > 0:
+    if noise == "inside" and largest == 0 and defended.sigma_255 != 0:
         raise ValueError(f"{os.fspath(path)!r} draws the same noise in each call: do not use it")
     return largest
