@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, TorchDynamoPlugin
 
@@ -69,12 +69,15 @@ class LoggingRecipe:
         check_fields(self, "logging.")
 
 
-def fastest_precision() -> Literal["no", "bf16"]:
-    """`bf16` where the GPU, or without one the CPU, has instructions that multiply it."""
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    known = torch.cpu.get_capabilities()
-    return "bf16" if any(known.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")) else "no"
+def fastest_precision(device: torch.device) -> Literal["no", "bf16"]:
+    """`bf16` where this GPU or CPU has instructions that multiply it."""
+    has_bf16 = False
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        known = torch.cpu.get_capabilities()
+        has_bf16 = any(known.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
+    return "bf16" if has_bf16 else "no"
 
 
 def make_accelerator(recipe: Any) -> Accelerator:
@@ -90,7 +93,8 @@ def make_accelerator(recipe: Any) -> Accelerator:
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     if recipe.execution.mixed_precision == "auto":
-        recipe.execution.mixed_precision = fastest_precision()
+        # the device of this run, which `accelerate launch --cpu` makes the CPU where there is a GPU, too
+        recipe.execution.mixed_precision = fastest_precision(PartialState().device)
     accelerator = Accelerator(
         mixed_precision=recipe.execution.mixed_precision,
         gradient_accumulation_steps=recipe.optimization.gradient_accumulation_steps,

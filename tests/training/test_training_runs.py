@@ -51,7 +51,7 @@ def test_another_attention_changes_the_rounding_alone(script, pretrained, tmp_pa
 def test_execution_auto_is_what_it_says(script, pretrained, tmp_path):
     recipe = recipe_of(script, pretrained)
     printed = run(script, recipe, tmp_path / "auto", "execution=auto")
-    precision = fastest_precision()
+    precision = fastest_precision(torch.device("cpu"))
     assert f"precision: {'bf16' if precision == 'bf16' else 'float32'}\n" in printed
     assert re.search(r"^attention: eager \(\d+ tokens\)", printed, re.MULTILINE)
     kept = yaml.safe_load((tmp_path / "auto" / "recipe.yaml").read_text())["execution"]
@@ -65,18 +65,18 @@ def test_execution_auto_is_what_it_says(script, pretrained, tmp_path):
     [({"amx_bf16": True}, "bf16"), ({"avx512_bf16": True}, "bf16"), ({"bf16": True}, "bf16"), ({"avx2": True}, "no")],
 )
 def test_bf16_is_chosen_where_the_cpu_multiplies_it(known, precision, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # a GPU beside it that the run does not use
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False, "architecture": "any"} | known)
-    assert fastest_precision() == precision
+    assert fastest_precision(torch.device("cpu")) == precision
 
 
 @pytest.mark.parametrize("supported", [True, False])
 def test_bf16_is_chosen_where_the_gpu_multiplies_it(supported, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation: supported and not including_emulation
     )
-    assert fastest_precision() == ("bf16" if supported else "no")
+    assert fastest_precision(torch.device("cuda")) == ("bf16" if supported else "no")
+    assert fastest_precision(torch.device("mps")) == "no"
 
 
 def recipe_of(script, pretrained):
