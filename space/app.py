@@ -643,9 +643,8 @@ def released_models() -> list[str]:
     for path in sorted(RELEASED.glob("*/config.json")):
         config = json.loads(path.read_text(encoding="utf-8"))
         is_purified = config["architectures"] == ["NIMPurifiedImageClassification"]
-        if not is_purified or config["purifier_config"]["degradation"] == "mask":
-            continue
-        if not path.parent.name.endswith("-hardened"):
+        adds_noise = is_purified and config["purifier_config"]["degradation"] != "mask"
+        if adds_noise and not path.parent.name.endswith("-hardened"):
             found.append(str(path.parent))
     return sorted(found, key=lambda name: (name.endswith("-statistics"), "digits" not in name, name))
 
