@@ -2,6 +2,7 @@
 
 import platform
 import time
+import timeit
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
@@ -38,7 +39,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:
-    """Wall-clock seconds on a GPU; on a CPU this process's CPU time over its threads: other work does not count."""
+    """Wall-clock seconds on a GPU; on a CPU this process's CPU time over its threads: other work does not count.
+
+    Linux adds the time of the other threads up by ticks of some milliseconds: time what lasts a tenth of a second.
+    """
     if device.type == "cuda":
         return time.perf_counter
     return lambda: time.process_time() / torch.get_num_threads()
@@ -70,7 +74,12 @@ def matrix_peak_flops(device: torch.device, dtype: torch.dtype) -> dict[str, Any
     rates = {}
     for size in sizes:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        seconds_of(lambda a=a, b=b: a @ b, device, 3)
-        rates[size] = 2 * size**3 / min(seconds_of(lambda a=a, b=b: a @ b, device, 10))
+        products, _ = timeit.Timer(lambda a=a, b=b: (a @ b, synchronize(device))).autorange()  # that last 0.2 s
+
+        def multiply(a: torch.Tensor = a, b: torch.Tensor = b, products: int = products) -> None:
+            for _ in range(products):
+                a @ b
+
+        rates[size] = 2 * size**3 * products / min(seconds_of(multiply, device, 5))
     best = max(rates, key=rates.get)
     return {"flops_per_s": rates[best], "dtype": str(dtype).removeprefix("torch."), "matrix_size": best}

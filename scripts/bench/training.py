@@ -29,6 +29,7 @@ from modeling_nim import NIMConfig, NIMForImageClassification, NIMForPreTraining
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.files import write_json
 from modeling_nim.runs.machine import count_flops, machine, matrix_peak_flops, seconds_of
+from modeling_nim.training.settings import keep_freed_memory
 
 
 BATCH_SIZE = 128
@@ -85,6 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> None:
     arguments = make_parser().parse_args()
     device = torch.device("cpu")
+    keep_freed_memory()  # as in a run
     torch.manual_seed(0)
     pixel_values, labels = torch.randn(BATCH_SIZE, 3, 32, 32), torch.randint(0, 10, (BATCH_SIZE,))
     flops = {

@@ -4,7 +4,7 @@
     python scripts/reports/readme.py --check    # writes nothing; exit code 1 if a document differs
 
 The sentences of NAME are in `templates/NAME.md.j2`; a template looks its numbers up by name, in `FOLDER.FILE` for
-`results/FOLDER/FILE.json`, where `collect.py` puts them; the provenance of an evaluation names its recipe.
+`results/FOLDER/FILE.json` and `A_B.FILE` for `results/A/B/FILE.json`; an evaluation's provenance names its recipe.
 """
 
 if __name__ == "__main__":
@@ -53,8 +53,8 @@ def templates(results: Path) -> jinja2.Environment:
     scripts = [ROOT / "scripts" / f"{name}.py" for name in SCRIPTS]
     known.globals |= {"recipe_sections": partial(recipe_sections, scripts), "paired": partial(paired, results)}
     known.globals |= {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in results.glob("*.yaml")}
-    for folder in (path for path in results.iterdir() if path.is_dir()):
-        known.globals[folder.name] = {path.stem: read_result(path) for path in folder.glob("*.json")}
+    for path in results.rglob("*.json"):
+        known.globals.setdefault("_".join(path.relative_to(results).parts[:-1]), {})[path.stem] = read_result(path)
     return known
 
 

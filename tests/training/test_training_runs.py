@@ -1,8 +1,11 @@
 """Whole training runs: broken off, resumed, shared among processes. The curves must be the same."""
 
 import io
+import platform
 import re
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -77,6 +80,28 @@ def test_bf16_is_chosen_where_the_gpu_multiplies_it(supported, monkeypatch):
     )
     assert fastest_precision(torch.device("cuda")) == ("bf16" if supported else "no")
     assert fastest_precision(torch.device("mps")) == "no"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library decides what becomes of freed memory")
+def test_a_training_keeps_the_memory_that_tensors_free():
+    code = """
+import resource, torch
+from modeling_nim.training.settings import keep_freed_memory
+
+def pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(4_000_000)  # 16 MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+handed_back = pages()
+keep_freed_memory()
+pages()
+print(handed_back, pages())
+"""
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    handed_back, kept = map(int, printed.split())
+    assert kept < handed_back / 10
 
 
 def recipe_of(script, pretrained):
