@@ -20,8 +20,9 @@ pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = (ROOT / "model_cards").glob("*/config.json")
-RELEASED = sorted(path.parent.name for path in CONFIGS if '"NIMPurifiedImageClassification"' in path.read_text())
+CONFIGS = {path.parent.name: json.loads(path.read_text()) for path in (ROOT / "model_cards").glob("*/config.json")}
+PURIFIED = {name: config for name, config in sorted(CONFIGS.items()) if "purifier_config" in config}
+MASKED = [name for name, config in PURIFIED.items() if config["purifier_config"]["degradation"] == "mask"]
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def export(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("name", "format", "ending"),
-    [(name, "onnx", ".onnx") for name in RELEASED if name != "mae-cifar10"] + [("nim-cifar10", "torch_export", ".pt2")],
+    [(name, "onnx", ".onnx") for name in PURIFIED if name not in MASKED] + [("nim-cifar10", "torch_export", ".pt2")],
 )
 def test_released_models_answer_as_in_pytorch_when_epsilon_is_given(export, tmp_path, name, format, ending):
     model = NIMPurifiedImageClassification.from_pretrained(ROOT / "model_cards" / name).eval()
@@ -57,8 +58,9 @@ def test_released_models_answer_as_in_pytorch_when_epsilon_is_given(export, tmp_
             torch.testing.assert_close(exported(pixel_values, epsilon), expected, atol=1e-5, rtol=1e-6)
 
 
-def test_a_released_model_that_hides_patches_draws_its_masks_inside(export, tmp_path):
-    directory, path = ROOT / "model_cards" / "mae-cifar10", tmp_path / "model.onnx"
+@pytest.mark.parametrize("name", MASKED)
+def test_a_released_model_that_hides_patches_draws_its_masks_inside(export, tmp_path, name):
+    directory, path = ROOT / "model_cards" / name, tmp_path / "model.onnx"
     code, said = export(directory, path, "--noise", "input")
     assert code == 2 and 'the purifier\'s degradation is "mask"' in said and not path.exists()
     code, said = export(directory, path, "--sigma", 30)
