@@ -10,7 +10,8 @@ import os
 import secrets
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,8 +99,24 @@ def export_program(
             'noise="inside"'
         )
     inputs = defended.example(noise)
-    with torch.no_grad():
+    with torch.no_grad(), _plain_attention_where_positions_have_a_bias(defended.model):
         return torch.export.export(defended, inputs, dynamic_shapes=_dynamic_shapes(inputs))
+
+
+@contextmanager
+def _plain_attention_where_positions_have_a_bias(model: NIMPurifiedImageClassification) -> Iterator[None]:
+    """Eager attention in BEiT and SimMIM: ONNX takes SDPA with their relative positions apart into other strides than
+    those that were traced, and fails."""
+    biases = ("use_relative_position_bias", "use_shared_relative_position_bias")
+    parts = [part for part in (model.purifier, model.classifier) if any(getattr(part.config, b, False) for b in biases)]
+    before = [part.config._attn_implementation for part in parts]
+    for part in parts:
+        part.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        for part, implementation in zip(parts, before, strict=True):
+            part.set_attn_implementation(implementation)
 
 
 def _dynamic_shapes(inputs: tuple[torch.Tensor, ...]) -> tuple[dict[int, torch.export.Dim], ...]:

@@ -11,7 +11,14 @@ import torch
 from reference import load_script
 from transformers import ViTConfig, ViTForImageClassification
 
-from modeling_nim import NIMConfig, NIMForPreTraining, NIMPurifiedImageClassification
+from modeling_nim import (
+    NIMConfig,
+    NIMForPreTraining,
+    NIMPurifiedImageClassification,
+    NIMSimMIMConfig,
+    NIMSimMIMForImageClassification,
+    NIMSimMIMForPreTraining,
+)
 from modeling_nim.runs.errors import run_main
 from modeling_nim.runs.export import FACTS, DefendedLogits, export_defended, load_exported, verify_export
 
@@ -74,6 +81,22 @@ def test_a_released_model_that_hides_patches_draws_its_masks_inside(export, tmp_
     with torch.no_grad():
         own, its = model(images).logits, exported(images)
     assert ((own.mean(0) - its.mean(0)).abs() < 5 * own.std(0) * (2 / 400) ** 0.5).all()
+
+
+def test_relative_positions_of_simmim_answer_as_in_pytorch(tmp_path):
+    sizes = {"image_size": 32, "patch_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    widths = {"hidden_size": 32, "intermediate_size": 64}
+    purifier = NIMSimMIMForPreTraining(NIMSimMIMConfig(**sizes, **widths, mask_patch_size=8))
+    classifier = NIMSimMIMForImageClassification(NIMSimMIMForImageClassification.config_class(**sizes, **widths))
+    model = NIMPurifiedImageClassification.from_parts(purifier, classifier, sigma=30)
+    biases = [parameter for name, parameter in model.named_parameters() if "relative_position_bias" in name]
+    assert biases  # of the purifier and of the classifier
+    for bias in biases:
+        torch.nn.init.normal_(bias)
+    defended = DefendedLogits(model)
+    export_defended(defended, tmp_path / "model.onnx", noise="input")
+    assert verify_export(defended, tmp_path / "model.onnx", "input") <= 1e-5
+    assert {part.config._attn_implementation for part in (model.purifier, model.classifier)} == {"sdpa"}
 
 
 @pytest.mark.parametrize("ending", [".onnx", ".pt2"])
