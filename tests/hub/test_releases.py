@@ -34,7 +34,7 @@ def released(architecture: str) -> list[Path]:
 
 PURIFIED = released("NIMPurifiedImageClassification")
 DENOISERS = released("NIMForPreTraining")
-BARE = released("NIMForImageClassification")
+BARE = released("NIMForImageClassification") + released("NIMSimMIMForImageClassification")
 
 
 @pytest.mark.parametrize("folder", RELEASED, ids=lambda folder: folder.name)
