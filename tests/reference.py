@@ -4,6 +4,7 @@ It is checked against the golden numbers; at sizes that have none, tests compare
 """
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -22,6 +23,12 @@ def load_script(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def released_configs() -> dict[Path, dict]:
+    """The configuration of each released model, by its folder."""
+    paths = sorted((Path(__file__).parents[1] / "model_cards").glob("*/config.json"))
+    return {path.parent: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
 def layer_norm(x: torch.Tensor, sd: StateDict, name: str) -> torch.Tensor:

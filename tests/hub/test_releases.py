@@ -10,7 +10,7 @@ import torch
 import yaml
 from huggingface_hub import parse_eval_result_entries
 from PIL import Image
-from reference import load_script
+from reference import load_script, released_configs
 from safetensors.torch import load_file
 from test_hub import SITE_PACKAGES
 from transformers import AutoImageProcessor
@@ -21,15 +21,12 @@ from modeling_nim import MODELS
 pytestmark = pytest.mark.timeout(600)  # one process loads all of them, on a machine that may be busy
 
 ROOT = Path(__file__).parents[2]
-RELEASED = sorted(path.parent for path in (ROOT / "model_cards").glob("*/config.json"))
-
-
-def config_of(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+CONFIGS = released_configs()
+RELEASED = list(CONFIGS)
 
 
 def released(architecture: str) -> list[Path]:
-    return [folder for folder in RELEASED if config_of(folder)["architectures"] == [architecture]]
+    return [folder for folder, config in CONFIGS.items() if config["architectures"] == [architecture]]
 
 
 PURIFIED = released("NIMPurifiedImageClassification")
@@ -39,7 +36,7 @@ BARE = released("NIMForImageClassification") + released("NIMSimMIMForImageClassi
 
 @pytest.mark.parametrize("folder", RELEASED, ids=lambda folder: folder.name)
 def test_a_released_directory_holds_what_a_pushed_one_holds(folder, tmp_path):
-    model = MODELS[config_of(folder)["architectures"][0]].from_pretrained(folder)
+    model = MODELS[CONFIGS[folder]["architectures"][0]].from_pretrained(folder)
     model.save_pretrained(tmp_path)
     pushed = {path.name for path in tmp_path.iterdir()} | {"README.md"}
     assert pushed == {path.name for path in folder.iterdir()} - {"card.yaml", ".eval_results"}
@@ -47,8 +44,9 @@ def test_a_released_directory_holds_what_a_pushed_one_holds(folder, tmp_path):
         text = path.read_text(encoding="utf-8")
         assert (folder / path.name).read_text(encoding="utf-8") == text, f"run `make cards`: {path.name} has changed"
         assert (ROOT / "modeling_nim" / path.name).read_text(encoding="utf-8") == text
+    saved_config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     for key in ("auto_map", "custom_pipelines"):
-        assert config_of(folder).get(key) == config_of(tmp_path).get(key)
+        assert CONFIGS[folder].get(key) == saved_config.get(key)
     weights = load_file(folder / "model.safetensors")
     saved = load_file(tmp_path / "model.safetensors")
     assert all(value.dtype == torch.float32 for value in saved.values())  # computed in float32, however they are kept
@@ -122,7 +120,7 @@ def test_a_released_classifier_answers_as_its_card_says_where_the_package_is_blo
 @pytest.mark.parametrize("folder", DENOISERS, ids=lambda folder: folder.name)
 def test_a_released_purifier_denoises_as_its_card_says_where_the_package_is_blocked(answers, folder, monkeypatch):
     assert answers[folder.name] == pytest.approx(with_the_package(folder, monkeypatch), abs=1e-5)
-    model = MODELS[config_of(folder)["architectures"][0]].from_pretrained(folder)
+    model = MODELS[CONFIGS[folder]["architectures"][0]].from_pretrained(folder)
     clean = AutoImageProcessor.from_pretrained(folder)(Image.open(DIGIT), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         purified = model.purify(clean, sigma=30, generator=torch.Generator().manual_seed(0))

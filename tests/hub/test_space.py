@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.util
-import json
 import re
 import shutil
 import sys
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from reference import released_configs
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from modeling_nim import (
@@ -212,11 +212,11 @@ def test_every_released_model_is_offered_with_examples_of_its_own_data(app):
     args = argparse.Namespace(models=[], undefended=None, hardened=None, purifier=None, classifier=None)
     choices = app.make_choices(args)
     purified = {
-        path.parent.name
-        for path in RELEASED.glob("*/config.json")
-        if (purifier := json.loads(path.read_text()).get("purifier_config"))
+        folder.name
+        for folder, config in released_configs().items()
+        if (purifier := config.get("purifier_config"))
         and purifier["degradation"] != "mask"  # the page is about noise
-        and not path.parent.name.endswith("-hardened")
+        and not folder.name.endswith("-hardened")
     }
     page, examples = app.Page(choices), sorted((SPACE / "examples").iterdir())
     photographs = {choice.name.split("/")[-1] for choice in app.photographs()}  # none without the classifier's package

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import load_script
+from reference import load_script, released_configs
 from transformers import ViTConfig, ViTForImageClassification
 
 from modeling_nim import (
@@ -27,8 +27,7 @@ pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = {path.parent.name: json.loads(path.read_text()) for path in (ROOT / "model_cards").glob("*/config.json")}
-PURIFIED = {name: config for name, config in sorted(CONFIGS.items()) if "purifier_config" in config}
+PURIFIED = {folder.name: config for folder, config in released_configs().items() if "purifier_config" in config}
 MASKED = [name for name, config in PURIFIED.items() if config["purifier_config"]["degradation"] == "mask"]
 
 
