@@ -51,24 +51,42 @@ def load_recipe(
 
     Keys of later files win: mappings are merged key by key, everything else (a list too) is replaced. `overrides` are
     dotted assignments such as `"data.batch_size=32"` or `"models.0.sigma=30"`; their values are parsed as YAML, and
-    they win over the files. Fields may be `int`, `float`, `str`, `bool`, `Any`, `Literal`, `Optional`/unions,
-    `list[...]`, `dict[str, ...]` and nested dataclasses.
+    they win over the files, later ones over earlier ones. Fields may be `int`, `float`, `str`, `bool`, `Any`,
+    `Literal`, `Optional`/unions, `list[...]`, `dict[str, ...]` and nested dataclasses.
 
     Raises FileNotFoundError when there is no such file, and ValueError naming the key, the value and what is expected
     for everything else.
     """
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
-    return build_dataclass(schema, stack_recipes(paths, overrides))
+    return build_dataclass(schema, stack_recipes(paths, overrides, schema))
 
 
-def stack_recipes(paths: Sequence[str | os.PathLike], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """What YAML files and overrides say together, as `load_recipe` reads them, before a dataclass knows the keys."""
+def stack_recipes(
+    paths: Sequence[str | os.PathLike], overrides: Sequence[str] = (), schema: type | None = None
+) -> dict[str, Any]:
+    """What YAML files and overrides say together, as `load_recipe` reads them, before a dataclass knows the keys.
+
+    A word that stands for a section of `schema` is spelled out, so that what comes after it can change a key of it.
+    """
     values: dict[str, Any] = {}
     for path in paths:
-        values = _merge(values, read_recipe(path))
+        values = _merge(values, _spelled_out(read_recipe(path), schema))
     for override in overrides:
         _apply_override(values, override)
+        values = _spelled_out(values, schema)
     return values
+
+
+def _spelled_out(value: Any, schema: Any) -> Any:
+    """`value` with the sections that a word of `SHORTHANDS` stands for, where `schema` is a dataclass."""
+    if not dataclasses.is_dataclass(schema):
+        return value
+    if isinstance(value, str):
+        return dict(getattr(schema, "SHORTHANDS", {}).get(value, ())) or value
+    if not isinstance(value, dict):
+        return value
+    hints = typing.get_type_hints(schema)
+    return {key: _spelled_out(part, hints.get(key)) for key, part in value.items()}
 
 
 def _merge(values: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
@@ -141,11 +159,9 @@ def build_dataclass(schema: type[T], values: dict[str, Any], where: str = "") ->
 
     A schema may have `SHORTHANDS`, words that stand for a whole section: `{word: values}`.
     """
-    shorthands = getattr(schema, "SHORTHANDS", {})
-    if isinstance(values, str) and values in shorthands:
-        values = shorthands[values]
+    values = _spelled_out(values, schema)
     if not isinstance(values, dict):
-        words = "".join(f"{word!r} or " for word in shorthands)
+        words = "".join(f"{word!r} or " for word in getattr(schema, "SHORTHANDS", {}))
         raise ValueError(f"recipe key {where!r} must be {words}a section with keys {_known(schema)}, got {values!r}")
     hints = typing.get_type_hints(schema)
     fields = {field.name: field for field in dataclasses.fields(schema) if field.init}

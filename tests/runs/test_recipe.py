@@ -61,6 +61,17 @@ def test_a_word_stands_for_a_section(tmp_path):
     assert load(tmp_path, "seed: 0\nsection: {steps: 5}", "section=quick").section.steps == 2
 
 
+def test_a_key_can_be_set_beside_the_word_for_its_section(tmp_path):
+    expected = Section(steps=2, compile=True, mode="b")
+    assert load(tmp_path, "seed: 0\nsection: quick", "section.mode=b").section == expected
+    assert load(tmp_path, "seed: 0", "section=quick", "section.mode=b").section == expected
+    assert load(tmp_path, "seed: 0", "section.mode=b", "section=quick").section == Section(steps=2, compile=True)
+    (tmp_path / "word.yaml").write_text("seed: 0\nsection: quick\n")
+    (tmp_path / "key.yaml").write_text("section: {mode: b}\n")
+    assert load_recipe([tmp_path / "word.yaml", tmp_path / "key.yaml"], Recipe).section == expected
+    assert Section.SHORTHANDS == {"quick": {"steps": 2, "compile": True}}
+
+
 def test_override_creates_a_section_left_out(tmp_path):
     assert load(tmp_path, "seed: 0", "section.mode=b").section.mode == "b"
 
