@@ -5,7 +5,6 @@ import importlib.util
 import re
 import shutil
 import sys
-import time
 from pathlib import Path
 
 import gradio as gr
@@ -344,13 +343,12 @@ def url(app, model_dirs):
 
 
 def wait_for(condition, what, seconds=60):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        value = condition()
-        if value:
-            return value
-        time.sleep(0.2)
-    raise AssertionError(f"waited {seconds} s for {what}")
+    """What `condition` gives as soon as it is true. An element that the page just replaced is looked for again."""
+    from selenium.common.exceptions import StaleElementReferenceException
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    wait = WebDriverWait(None, seconds, poll_frequency=0.2, ignored_exceptions=[StaleElementReferenceException])
+    return wait.until(lambda _: condition(), f"waited {seconds} s for {what}")
 
 
 PICTURES = ["undefended-clean", "undefended-attacked"] + [
@@ -390,7 +388,7 @@ def test_in_a_browser_pictures_change_and_a_wrong_file_gets_a_message(browser, u
         lambda: (now := sources()) and now["defended-purified"] != first["defended-purified"] and now, "its pictures"
     )
     verdict = wait_for(lambda: find("#defended-verdict")[0].text, "the verdict")
-    first = sources()  # all of them are there when the verdict is
+    first = wait_for(sources, "the rest of its pictures")
     assert "digit" in verdict and "eps 8/255" in verdict and "Of 20 fresh draws" in verdict
     for row in ("undefended", "defended", "hardened"):
         assert len(find(f"#{row}-bars .pair")) == 10
@@ -404,13 +402,11 @@ def test_in_a_browser_pictures_change_and_a_wrong_file_gets_a_message(browser, u
     epsilon.send_keys("24", Keys.TAB)
     find("#run")[0].click()
     wait_for(lambda: "eps 24/255" in find("#defended-verdict")[0].text, "the second attack")
+    moving = {name for name in PICTURES if not name.endswith("-clean")}
     second = wait_for(
-        lambda: (now := sources()) and now["defended-purified"] != first["defended-purified"] and now, "new ones"
+        lambda: (now := sources()) and {name for name in PICTURES if now[name] != first[name]} == moving and now,
+        "new pictures of all but the clean images",
     )
-    wait_for(lambda: sources()["defended-attacked"] != first["defended-attacked"], "the attacked image")
-    second = sources()
-    changed = {name for name in PICTURES if first[name] != second[name]}
-    assert changed == {name for name in PICTURES if not name.endswith("-clean")}
 
     (tmp_path / "notes.png").write_text("no image")
     upload = find("input[data-testid$='upload-button']")[0]
@@ -427,9 +423,12 @@ def test_in_a_browser_pictures_change_and_a_wrong_file_gets_a_message(browser, u
     )
 
     find("#model input")[0].click()  # another model: its own examples, its own pictures
-    wait_for(lambda: find("#model ul li") or find("ul[role=listbox] li"), "the list of models")
-    options = find("#model ul li") or find("ul[role=listbox] li")
-    next(option for option in options if "nim-cifar10" in option.text).click()
+    wait_for(  # the list fades in: an entry has no text, and takes no click, before it can be seen
+        lambda: next(
+            (option for option in find("#model ul li, ul[role=listbox] li") if "nim-cifar10" in option.text), None
+        ),
+        "the other model in the list",
+    ).click()
     wait_for(lambda: "CIFAR-10" in find("#about")[0].text, "what the other model was trained on")
     wait_for(lambda: "eps 4/255" in find("#defended-verdict")[0].text, "the attack on its first example")
     assert any(name in find("#defended-bars")[0].text for name in ("airplane", "truck"))
