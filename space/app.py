@@ -638,13 +638,13 @@ def _build_row(row: str, models: Models, pictures: Sequence[str]) -> dict[str, A
 
 
 def released_models() -> list[str]:
-    """The purified models of model_cards/ that add noise, without those that another one is compared with."""
+    """The purified models of model_cards/ that add noise alone, without those that another one is compared with."""
     found = []
     for path in sorted(RELEASED.glob("*/config.json")):
         config = json.loads(path.read_text(encoding="utf-8"))
         is_purified = config["architectures"] == ["NIMPurifiedImageClassification"]
-        adds_noise = is_purified and config["purifier_config"]["degradation"] != "mask"
-        if adds_noise and not path.parent.name.endswith("-hardened"):
+        adds_noise_alone = is_purified and config["purifier_config"]["degradation"] == "noise"
+        if adds_noise_alone and not path.parent.name.endswith("-hardened"):
             found.append(str(path.parent))
     return sorted(found, key=lambda name: (name.endswith("-statistics"), "digits" not in name, name))
 
