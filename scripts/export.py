@@ -52,7 +52,9 @@ def main() -> None:
         arguments.output.unlink()  # a file that differs must not be served
         raise
     found = {"input": "largest difference from the model", "inside": "two calls on the same images differ by"}
-    defense = "masks" if defended.sigma_255 is None else f"sigma {defended.sigma_255:g}"
+    noise = [] if defended.sigma_255 is None else [f"sigma {defended.sigma_255:g}"]
+    masks = ["masks"] if model.config.purifier_config.hides_patches else []
+    defense = " and ".join(noise + masks)
     print(
         f"{arguments.output}: {arguments.output.stat().st_size / 1e6:.1f} MB, {defense}, "
         f"{defended.num_votes} vote(s); {found[arguments.noise]} {difference:.1e}"

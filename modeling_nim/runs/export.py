@@ -33,11 +33,11 @@ class DefendedLogits(nn.Module):
 
     Args:
         model: the defended classifier.
-        sigma: scale of the noise on 0..255; None is the configuration's. A purifier that hides patches takes none.
+        sigma: scale of the noise on 0..255; None is the configuration's. A purifier that adds no noise takes none.
         num_votes: noise draws per answer; None is the configuration's.
 
     Raises:
-        ValueError: sigma is a distribution, or the purifier adds no noise.
+        ValueError: sigma is a distribution, or is given although the purifier adds no noise.
     """
 
     def __init__(
